@@ -1,0 +1,1 @@
+"""Noise schedules, training loss, samplers and the training loop."""

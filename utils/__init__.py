@@ -1,0 +1,1 @@
+"""Everything that the entry points share: configuration, checkpoints, images, data."""

@@ -1,0 +1,1 @@
+"""Data sets, latents and the procedurally rendered faces."""
