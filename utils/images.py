@@ -1,0 +1,227 @@
+"""Images as arrays: reading, writing, listing, resizing, conversion, preview grids and identity blocks.
+
+Legend: n images, H W height and width. Two layouts cross the project's borders and the functions here are the only bridge:
+pixels are uint8 (..., H, W, 3) RGB in 0..255; network inputs are float32 (..., 3, H, W) in [-1, 1].
+"""
+
+import io
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from utils.config import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# Width of the identity blocks in use: (tile size, columns), as sampled and as aligned.
+SAMPLED_BLOCK = (128, 4)
+ALIGNED_BLOCK = (112, 5)
+# JPEG turns a black tile into values that differ from 0 by a count or two.
+BLACK_LEVEL = 2
+
+
+def decode_image(data: bytes, name: str = "image") -> np.ndarray:
+    """Decode an encoded image (PNG, JPEG, ...) to uint8 (H, W, 3) RGB.
+
+    Grey, palette and CMYK images are converted, 16-bit ones scaled to 8 bits, transparent pixels laid over black, and the
+    camera's orientation tag is obeyed. Raises UserError naming `name` where the data are no readable image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey, as I;16 or widened to 32 bits
+                grey = np.asarray(image).astype(np.float64)
+                grey = np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=2)
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+            return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{name}: not a readable image ({str(error).splitlines()[0] if str(error) else 'empty'})"
+        ) from error
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image file as uint8 (H, W, 3) RGB (see `decode_image`); UserError naming the file where it cannot be read."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return decode_image(data, str(path))
+
+
+def encode_image(image: np.ndarray, suffix: str = ".png") -> bytes:
+    """Encode uint8 (H, W, 3) RGB in the format of the file name suffix (JPEG: quality 95, full colour resolution)."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image is uint8 (H, W, 3), got {image.dtype} {image.shape}")
+    jpeg = suffix.lower() in (".jpg", ".jpeg")
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(
+        buffer, Image.registered_extensions()[suffix.lower()], **({"quality": 95, "subsampling": 0} if jpeg else {})
+    )
+    return buffer.getvalue()
+
+
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Write uint8 (H, W, 3) RGB; the file appears whole or not at all, its folder is made where missing."""
+    path = Path(path)
+    data = encode_image(image, path.suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def list_images(root: str | Path) -> list[str]:
+    """Paths of the image files below `root`, relative, with forward slashes, sorted; hidden files and folders are left out."""
+    root = Path(root)
+    found = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        relative = PurePosixPath(Path(folder).relative_to(root).as_posix())
+        found += [
+            (relative / name).as_posix()
+            for name in files
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+def resize(images: np.ndarray, size: int | tuple[int, int], antialias: bool = True) -> np.ndarray:
+    """Resize uint8 (..., H, W, 3) bilinearly to `size` (a side, or (height, width)).
+
+    With `antialias` the filter widens with the shrinking factor; without it four neighbours are interpolated whatever the
+    factor, as `torch.nn.functional.interpolate` does (the published presets go from 128 to 112 that way).
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if images.shape[-3:-1] == (height, width):
+        return images
+    flat = images.reshape(-1, *images.shape[-3:])
+    if antialias:
+        pixels = np.empty((len(flat), height, width, 3), np.uint8)
+        for pixel, image in zip(pixels, flat, strict=True):
+            pixel[...] = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    else:
+        tensor = torch.from_numpy(np.ascontiguousarray(flat)).permute(0, 3, 1, 2).float()  # (n, 3, H, W) 0..255
+        tensor = F.interpolate(tensor, size=(height, width), mode="bilinear", align_corners=False)
+        pixels = tensor.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return np.ascontiguousarray(pixels).reshape(*images.shape[:-3], height, width, 3)
+
+
+def centre_square(image: np.ndarray) -> np.ndarray:
+    """The largest centred square of (H, W, 3), so that resizing to a square keeps a face's proportions."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
+
+
+def to_float(images: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """uint8 (..., H, W, 3) pixels => float32 (..., 3, H, W) in [-1, 1]: (x / 255 - 0.5) / 0.5."""
+    tensor = torch.from_numpy(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images
+    return tensor.movedim(-1, -3).float().contiguous().div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """float (..., 3, H, W) in [-1, 1] => uint8 (..., H, W, 3) pixels, rounded; values outside are clamped."""
+    pixels = images.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return np.ascontiguousarray(pixels.movedim(-3, -1).cpu().numpy())
+
+
+def _rows(tiles: np.ndarray, columns: int) -> np.ndarray:
+    """Lay (n, h, w, 3) out as (rows, columns, h, w, 3), the last row filled with black tiles."""
+    if len(tiles) == 0:
+        raise ValueError("no tiles to lay out")
+    rows = -(-len(tiles) // columns)
+    filled = np.zeros((rows * columns, *tiles.shape[1:]), tiles.dtype)
+    filled[: len(tiles)] = tiles
+    return filled.reshape(rows, columns, *tiles.shape[1:])
+
+
+def grid(images: np.ndarray | Sequence[np.ndarray], columns: int, padding: int = 2) -> np.ndarray:
+    """A preview of uint8 (n, h, w, 3), row by row with `padding` white pixels between tiles: uint8 (H, W, 3)."""
+    images = np.stack(list(images))
+    padded = np.pad(images, ((0, 0), (padding, 0), (padding, 0), (0, 0)), constant_values=255)
+    rows = _rows(padded, min(columns, len(padded)))
+    canvas = rows.transpose(0, 2, 1, 3, 4).reshape(rows.shape[0] * rows.shape[2], -1, 3)
+    return np.pad(canvas, ((0, padding), (0, padding), (0, 0)), constant_values=255)
+
+
+def write_block(tiles: np.ndarray, columns: int) -> np.ndarray:
+    """Lay tiles uint8 (n, h, w, 3) out as an identity block: rows of `columns` without padding, the last filled with black."""
+    rows = _rows(tiles, columns)  # (rows, columns, h, w, 3)
+    return np.ascontiguousarray(rows.transpose(0, 2, 1, 3, 4).reshape(rows.shape[0] * rows.shape[2], -1, 3))
+
+
+def read_block(image: np.ndarray, tile_size: int) -> np.ndarray:
+    """Cut an identity block uint8 (H, W, 3) into tiles (n, tile_size, tile_size, 3), without the black filler of the last row.
+
+    Raises UserError where the block is not a whole number of tiles.
+    """
+    height, width = image.shape[:2]
+    if height % tile_size or width % tile_size:
+        raise UserError(
+            f"tile_size: a block of {width} x {height} pixels is not a whole number of {tile_size} x {tile_size} tiles; "
+            "say the size of one tile"
+        )
+    rows, columns = height // tile_size, width // tile_size
+    tiles = (
+        image.reshape(rows, tile_size, columns, tile_size, 3)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(-1, tile_size, tile_size, 3)
+    )
+    count = len(tiles)
+    while count > len(tiles) - columns and tiles[count - 1].max() <= BLACK_LEVEL:
+        count -= 1
+    return np.ascontiguousarray(tiles[:count])
+
+
+def block_tile_size(width: int) -> int | None:
+    """Tile size of a block of this width in pixels: 4 tiles of 128 as sampled, 5 of 112 as aligned; None for any other."""
+    return {size * columns: size for size, columns in (SAMPLED_BLOCK, ALIGNED_BLOCK)}.get(width)
+
+
+def default_threads() -> int:
+    """Number of processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_images(
+    paths: Iterable[str | Path],
+    size: int,
+    *,
+    root: str | Path = ".",
+    antialias: bool = True,
+    threads: int | None = None,
+    progress: str | None = None,
+) -> np.ndarray:
+    """Read images into one uint8 (n, size, size, 3) array, for caches; order as given.
+
+    Each is cut to its centred square and resized. `root` is put before relative paths; `threads` None takes every processor
+    (decoding and resizing release the interpreter lock); `progress` labels a bar, None shows none. The first unreadable file
+    raises UserError.
+    """
+    paths = [Path(root) / path for path in paths]
+    pixels = np.empty((len(paths), size, size, 3), np.uint8)
+
+    def load(index: int) -> None:
+        pixels[index] = resize(centre_square(read_image(paths[index])), size, antialias)
+
+    with ThreadPoolExecutor(threads or default_threads()) as pool:
+        done = pool.map(load, range(len(paths)))
+        try:
+            for _ in tqdm(done, total=len(paths), desc=progress, unit="image", disable=progress is None):
+                pass
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return pixels
