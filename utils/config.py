@@ -1,0 +1,238 @@
+"""From a command line to checked settings.
+
+Every entry point is a function of a composed Hydra configuration, wrapped by `entry_point`. What a user can get wrong
+(an unknown key, a missing file, a value of the wrong type) becomes one `UserError`: one line on standard error and exit
+status 2, before any work starts. Everything else keeps its traceback, because it is our mistake.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from utils import distributed
+from utils.logging import setup_logging
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+# Keys that the READMEs of the published projects spell wrongly, each with the key that works.
+KNOWN_TYPOS = {"VQDncoder_path": "VQDecoder_path", "sample_root": "samples_root"}
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; its text is one line that says what was found, where, and what would be right."""
+
+
+def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Make `main(cfg)` a command: compose `configs/<config_name>.yaml` with the command line, run, exit.
+
+    The wrapped function sets up logging and torch.distributed (when started by torchrun) before `main` and takes them
+    down after it. `cfg.output_dir`, where the configuration has that key, is the run folder: the one that the user gave,
+    or under `-m` the subfolder of this job. Exit status: 0, 2 for a user's mistake, 130 for Ctrl-C.
+    """
+
+    def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def task(cfg: DictConfig) -> Any:
+            if "output_dir" in cfg and HydraConfig.initialized():
+                cfg.output_dir = HydraConfig.get().runtime.output_dir
+            if HydraConfig.initialized() and any(o.startswith("+") for o in HydraConfig.get().overrides.task):
+                check_keys(cfg, [key for key in _known_keys(config_name) if "." not in key], "")
+            distributed.init()
+            setup_logging(cfg.get("output_dir"))
+            return main(cfg)
+
+        @functools.wraps(main)
+        def launch() -> None:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
+            except UserError as error:
+                _fail(str(error))
+            except (HydraException, OmegaConfBaseException) as error:
+                _fail(_describe_composition_error(error, config_name))
+            except KeyboardInterrupt:
+                sys.exit(130)
+            finally:
+                distributed.cleanup()
+
+        return launch
+
+    return decorate
+
+
+def _fail(message: str) -> None:
+    """Print one line (once, not once a rank) and leave with status 2."""
+    if distributed.rank() == 0:
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(2)
+
+
+def _describe_composition_error(error: Exception, config_name: str) -> str:
+    """One line for an error of Hydra or OmegaConf: the key, what is wrong with it and the nearest key that exists."""
+    cause = error.__cause__ if error.__cause__ is not None else error
+    key = getattr(cause, "full_key", None)
+    text = str(error).split("\nTo append")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("set_struct")]
+    if "Missing mandatory value: " in str(error):
+        key = str(error).split("Missing mandatory value: ")[1].split()[0]
+        return f"{key}: not set; give {key}=VALUE on the command line"
+    if "Could not override" in text and key:
+        return f"{key}: unknown key{_suggestion(key, _known_keys(config_name))}"
+    if "Available options" in text:
+        head, _, options = " ".join(lines).partition("Available options in")
+        group, _, names = options.partition(":")
+        return f"{head.strip()}; {group.strip()} can be {', '.join(names.split('Config search path')[0].split())}"
+    return "; ".join(line for line in lines if not line.startswith(("full_key:", "object_type=")))
+
+
+def _known_keys(config_name: str) -> list[str]:
+    """All dotted keys of the configuration as it is without any override."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = hydra.compose(config_name)
+    GlobalHydra.instance().hydra = running
+    keys: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for name in node:
+            keys.append(prefix + str(name))
+            child = node._get_node(name)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+                walk(child, f"{prefix}{name}.")
+
+    walk(cfg, "")
+    return keys
+
+
+def _suggestion(key: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` with the nearest known key, or the known keys of the same section."""
+    known = list(known)
+    section, _, name = key.rpartition(".")
+    if name in KNOWN_TYPOS:
+        return f"; the key is {section + '.' if section else ''}{KNOWN_TYPOS[name]}"
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    same_name = [k for k in known if k.rpartition(".")[2] == name]
+    if close or same_name:
+        return f"; did you mean {(same_name or close)[0]}?"
+    siblings = [k for k in known if k.rpartition(".")[0] == section]
+    return f"; there are {', '.join(siblings)}" if siblings else ""
+
+
+def check_keys(node: Mapping[str, Any], allowed: Iterable[str], key: str) -> None:
+    """Raise UserError when `node`, the section named `key`, holds a key that is not in `allowed`."""
+    allowed = list(allowed)
+    for name in node:
+        if name not in allowed:
+            raise UserError(
+                f"{_join(key, name)}: unknown key{_suggestion(_join(key, name), [_join(key, a) for a in allowed])}"
+            )
+
+
+def settings(node: Any, cls: type[T], key: str) -> T:
+    """The section named `key` as an instance of the dataclass `cls`.
+
+    Types are those of the dataclass's annotations (OmegaConf's rules: "3" is an int, "abc" is not).
+    Raises UserError for an unknown key, a value of another type, or a `???` that nobody filled.
+    """
+    if node is None:
+        raise UserError(f"{key}: the section is missing; it takes {', '.join(f.name for f in dataclasses.fields(cls))}")
+    check_keys(node, [field.name for field in dataclasses.fields(cls)], key)
+    schema = OmegaConf.structured(cls)
+    for name in node:
+        if OmegaConf.is_missing(node, name):
+            raise UserError(f"{_join(key, name)}: not set; give {_join(key, name)}=VALUE on the command line")
+        try:
+            schema = OmegaConf.merge(schema, {name: node[name]})
+        except OmegaConfBaseException as error:
+            raise UserError(f"{_join(key, name)}: {str(error).splitlines()[0]}") from error
+    try:
+        return OmegaConf.to_object(schema)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{_join(key, str(error.full_key))}: not set") from error
+
+
+def instantiate(node: Any, key: str, **kwargs: Any) -> Any:
+    """Build what the section named `key` describes by its `_target_`, with `kwargs` on top.
+
+    `_partial_: true` gives a functools.partial. Unlike hydra.utils.instantiate, an argument that the target does not take
+    is a UserError that names the key, before anything is built.
+    """
+    if node is None or "_target_" not in node:
+        raise UserError(f"{key}: has no _target_; choose one of the files in configs/{key.replace('.', '/')}")
+    target = _locate(node["_target_"], key)
+    arguments = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)
+    arguments = {name: value for name, value in arguments.items() if name not in ("_target_", "_partial_", "_convert_")}
+    for name, value in arguments.items():
+        if value == "???":
+            raise UserError(f"{_join(key, name)}: not set; give {_join(key, name)}=VALUE on the command line")
+    signature = inspect.signature(target)
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+    if not takes_any:
+        check_keys(arguments, signature.parameters, key)
+    merged = {**arguments, **kwargs}
+    if node.get("_partial_", False):
+        return functools.partial(target, **merged)
+    needed = [
+        name
+        for name, p in signature.parameters.items()
+        if p.default is inspect.Parameter.empty
+        and p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        and name not in merged
+    ]
+    if needed:
+        raise UserError(f"{_join(key, needed[0])}: not set; {node['_target_']} needs it")
+    return target(**merged)
+
+
+def _locate(path: str, key: str) -> Any:
+    module_name, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key}._target_: cannot import {path} ({error})") from error
+
+
+def existing_file(path: str | os.PathLike | None, key: str, hint: str = "") -> Path:
+    """`path` as a Path; UserError when it is not set or no such file exists. `hint` says what would be right."""
+    return _existing(path, key, hint, "file", Path.is_file)
+
+
+def existing_folder(path: str | os.PathLike | None, key: str, hint: str = "") -> Path:
+    """`path` as a Path; UserError when it is not set or no such folder exists. `hint` says what would be right."""
+    return _existing(path, key, hint, "folder", Path.is_dir)
+
+
+def _existing(path: str | os.PathLike | None, key: str, hint: str, kind: str, test: Callable[[Path], bool]) -> Path:
+    tail = f"; {hint}" if hint else ""
+    if path is None or str(path) in ("", "???"):
+        raise UserError(f"{key}: not set; give {key}=PATH of a {kind}{tail}")
+    path = Path(path).expanduser()
+    if not test(path):
+        raise UserError(f"{key}: no such {kind}: {path}{tail}")
+    return path
+
+
+def plain(node: Any) -> Any:
+    """A configuration as plain dictionaries, lists and values with every interpolation resolved (for checkpoints)."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name

@@ -1,0 +1,98 @@
+"""One process or many: the few collective operations that the project needs, all no-ops in a single process."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def init() -> None:
+    """Join the process group when torchrun started this process: nccl where CUDA is there, gloo elsewhere."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+        dist.init_process_group("nccl", timeout=timedelta(minutes=60))
+    else:
+        dist.init_process_group("gloo", timeout=timedelta(minutes=60))
+
+
+def cleanup() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, 0 .. world_size - 1."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's number on its own machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and reports."""
+    return rank() == 0
+
+
+def device(name: str = "auto") -> torch.device:
+    """`auto`: this rank's GPU where there is one, else the CPU; any other name is taken as it is."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of `tensor` over processes, a new tensor of the same shape."""
+    if not dist.is_initialized():
+        return tensor.detach().clone()
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def all_gather_objects(obj: Any) -> list[Any]:
+    """Every process's `obj`, in the order of ranks."""
+    if not dist.is_initialized():
+        return [obj]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def broadcast_object(obj: Any) -> Any:
+    """Rank 0's `obj`, on every rank."""
+    if not dist.is_initialized():
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def share(items: Sequence[Any]) -> Sequence[Any]:
+    """This rank's part of `items`: every world_size-th one, from the rank's own number on."""
+    return items[rank() :: world_size()]
+
+
+def seed_for(*numbers: int | str) -> int:
+    """A 63-bit seed that depends on all of `numbers` and on nothing else (not on Python's hash seed, not on the rank)."""
+    digest = hashlib.sha256("/".join(str(n) for n in numbers).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
