@@ -1,7 +1,7 @@
 """Images as arrays: reading, writing, listing, resizing, conversion, preview grids and identity blocks.
 
-Legend: n images, H W height and width. Two layouts cross the project's borders and the functions here are the only bridge:
-pixels are uint8 (..., H, W, 3) RGB in 0..255; network inputs are float32 (..., 3, H, W) in [-1, 1].
+Legend: n images, H W height and width. Two layouts cross the project's borders, and `to_float` and `to_uint8` are the
+only bridge: pixels are uint8 (..., H, W, 3) RGB in 0..255; network inputs are float32 (..., 3, H, W) in [-1, 1].
 """
 
 import io
@@ -30,8 +30,8 @@ BLACK_LEVEL = 2
 def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     """Decode an encoded image (PNG, JPEG, ...) to uint8 (H, W, 3) RGB.
 
-    Grey, palette and CMYK images are converted, 16-bit ones scaled to 8 bits, transparent pixels laid over black, and the
-    camera's orientation tag is obeyed. Raises UserError naming `name` where the data are no readable image.
+    Grey, palette and CMYK images are converted, 16-bit ones scaled to 8 bits, transparent pixels laid over black, and
+    the camera's orientation tag is obeyed. Raises UserError naming `name` where the data are no readable image.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -45,13 +45,12 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{name}: not a readable image ({str(error).splitlines()[0] if str(error) else 'empty'})"
-        ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name}: not a readable image ({reason})") from error
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read an image file as uint8 (H, W, 3) RGB (see `decode_image`); UserError naming the file where it cannot be read."""
+    """Read an image file as uint8 (H, W, 3) RGB (see `decode_image`); UserError where it cannot be read."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -82,7 +81,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 
 
 def list_images(root: str | Path) -> list[str]:
-    """Paths of the image files below `root`, relative, with forward slashes, sorted; hidden files and folders are left out."""
+    """Paths of the image files below `root`, relative, with forward slashes, sorted; hidden ones are left out."""
     root = Path(root)
     found = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
@@ -99,8 +98,8 @@ def list_images(root: str | Path) -> list[str]:
 def resize(images: np.ndarray, size: int | tuple[int, int], antialias: bool = True) -> np.ndarray:
     """Resize uint8 (..., H, W, 3) bilinearly to `size` (a side, or (height, width)).
 
-    With `antialias` the filter widens with the shrinking factor; without it four neighbours are interpolated whatever the
-    factor, as `torch.nn.functional.interpolate` does (the published presets go from 128 to 112 that way).
+    With `antialias` the filter widens with the shrinking factor; without it four neighbours are interpolated whatever
+    the factor, as `torch.nn.functional.interpolate` does (the published presets go from 128 to 112 that way).
     """
     height, width = (size, size) if isinstance(size, int) else size
     if images.shape[-3:-1] == (height, width):
@@ -157,28 +156,25 @@ def grid(images: np.ndarray | Sequence[np.ndarray], columns: int, padding: int =
 
 
 def write_block(tiles: np.ndarray, columns: int) -> np.ndarray:
-    """Lay tiles uint8 (n, h, w, 3) out as an identity block: rows of `columns` without padding, the last filled with black."""
+    """Lay tiles uint8 (n, h, w, 3) out as an identity block: rows without padding, the last filled with black tiles."""
     rows = _rows(tiles, columns)  # (rows, columns, h, w, 3)
     return np.ascontiguousarray(rows.transpose(0, 2, 1, 3, 4).reshape(rows.shape[0] * rows.shape[2], -1, 3))
 
 
 def read_block(image: np.ndarray, tile_size: int) -> np.ndarray:
-    """Cut an identity block uint8 (H, W, 3) into tiles (n, tile_size, tile_size, 3), without the black filler of the last row.
+    """Cut an identity block uint8 (H, W, 3) into tiles (n, tile_size, tile_size, 3), without its black filler.
 
-    Raises UserError where the block is not a whole number of tiles.
+    Filler stands at the end of the last row only: a black tile before an image is kept as an image. Raises UserError where the block is not a whole number of tiles.
     """
     height, width = image.shape[:2]
     if height % tile_size or width % tile_size:
         raise UserError(
-            f"tile_size: a block of {width} x {height} pixels is not a whole number of {tile_size} x {tile_size} tiles; "
-            "say the size of one tile"
+            f"tile_size: a block of {width} x {height} pixels is not a whole number of {tile_size} x {tile_size} "
+            "tiles; say the size of one tile"
         )
     rows, columns = height // tile_size, width // tile_size
-    tiles = (
-        image.reshape(rows, tile_size, columns, tile_size, 3)
-        .transpose(0, 2, 1, 3, 4)
-        .reshape(-1, tile_size, tile_size, 3)
-    )
+    tiles = image.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 1, 3, 4)
+    tiles = tiles.reshape(-1, tile_size, tile_size, 3)
     count = len(tiles)
     while count > len(tiles) - columns and tiles[count - 1].max() <= BLACK_LEVEL:
         count -= 1
@@ -186,7 +182,7 @@ def read_block(image: np.ndarray, tile_size: int) -> np.ndarray:
 
 
 def block_tile_size(width: int) -> int | None:
-    """Tile size of a block of this width in pixels: 4 tiles of 128 as sampled, 5 of 112 as aligned; None for any other."""
+    """Tile size of a block of this width in pixels: 4 tiles of 128 as sampled, 5 of 112 as aligned, else None."""
     return {size * columns: size for size, columns in (SAMPLED_BLOCK, ALIGNED_BLOCK)}.get(width)
 
 
@@ -206,9 +202,9 @@ def load_images(
 ) -> np.ndarray:
     """Read images into one uint8 (n, size, size, 3) array, for caches; order as given.
 
-    Each is cut to its centred square and resized. `root` is put before relative paths; `threads` None takes every processor
-    (decoding and resizing release the interpreter lock); `progress` labels a bar, None shows none. The first unreadable file
-    raises UserError.
+    Each is cut to its centred square and resized. `root` is put before relative paths; `threads` None takes every
+    processor (decoding and resizing release the interpreter lock); `progress` labels a bar, None shows none. The first
+    unreadable file raises UserError.
     """
     paths = [Path(root) / path for path in paths]
     pixels = np.empty((len(paths), size, size, 3), np.uint8)
