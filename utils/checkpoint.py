@@ -36,7 +36,7 @@ SCHEDULE_BUFFERS = (
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then rename it to `path`; on any error nothing is left behind."""
+    """Let `write` fill a temporary file beside `path`, then rename it; on any error nothing is left behind."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -62,7 +62,7 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def save_torch(obj: Any, path: str | Path) -> Path:
-    """torch.save, whole or not at all. `obj` may hold what `load_torch` reads: tensors, containers, numbers, strings."""
+    """torch.save, whole or not at all, of what `load_torch` reads: tensors, containers, numbers, strings."""
     return write_atomically(path, lambda p: torch.save(obj, p))
 
 
@@ -148,7 +148,7 @@ def _strip_prefixes(name: str) -> str:
 
 
 def strict_load(module: nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
-    """module.load_state_dict that raises one UserError line: how many keys are missing, unexpected, of another shape."""
+    """Load `state` or raise one UserError line: which keys are missing, unexpected, of another shape."""
     own = module.state_dict()
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]

@@ -35,20 +35,28 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """A mistake in what the user gave; its text is one line that says what was found, where, and what would be right."""
+    """A mistake in what the user gave; its text is one line: what was found, where, and what would be right."""
 
 
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make `main(cfg)` a command: compose `configs/<config_name>.yaml` with the command line, run, exit.
 
     The wrapped function sets up logging and torch.distributed (when started by torchrun) before `main` and takes them
-    down after it. `cfg.output_dir`, where the configuration has that key, is the run folder: the one that the user gave,
-    or under `-m` the subfolder of this job. Exit status: 0, 2 for a user's mistake, 130 for Ctrl-C.
+    down after it. `cfg.output_dir`, where the configuration has that key, is the run folder: the one that the user
+    gave, or under `-m` the subfolder of this job. Exit status: 0, 2 for a user's mistake, 130 for Ctrl-C.
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        mistakes: list[UserError | OmegaConfBaseException] = []
+
         @functools.wraps(main)
         def task(cfg: DictConfig) -> Any:
+            try:
+                return run(cfg)
+            except (UserError, OmegaConfBaseException) as error:
+                mistakes.append(error)  # raised below: Hydra would print lines of its own around it
+
+        def run(cfg: DictConfig) -> Any:
             if "output_dir" in cfg and HydraConfig.initialized():
                 cfg.output_dir = HydraConfig.get().runtime.output_dir
             if HydraConfig.initialized() and any(o.startswith("+") for o in HydraConfig.get().overrides.task):
@@ -62,6 +70,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
             try:
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
+                if mistakes:
+                    raise mistakes[0]
             except UserError as error:
                 _fail(str(error))
             except (HydraException, OmegaConfBaseException) as error:
@@ -171,8 +181,8 @@ def settings(node: Any, cls: type[T], key: str) -> T:
 def instantiate(node: Any, key: str, **kwargs: Any) -> Any:
     """Build what the section named `key` describes by its `_target_`, with `kwargs` on top.
 
-    `_partial_: true` gives a functools.partial. Unlike hydra.utils.instantiate, an argument that the target does not take
-    is a UserError that names the key, before anything is built.
+    `_partial_: true` gives a functools.partial. Unlike hydra.utils.instantiate, an argument that the target does not
+    take is a UserError that names the key, before anything is built.
     """
     if node is None or "_target_" not in node:
         raise UserError(f"{key}: has no _target_; choose one of the files in configs/{key.replace('.', '/')}")

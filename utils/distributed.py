@@ -93,6 +93,6 @@ def share(items: Sequence[Any]) -> Sequence[Any]:
 
 
 def seed_for(*numbers: int | str) -> int:
-    """A 63-bit seed that depends on all of `numbers` and on nothing else (not on Python's hash seed, not on the rank)."""
+    """A 63-bit seed that depends on all of `numbers` and on nothing else (not on the rank, not on Python's hashes)."""
     digest = hashlib.sha256("/".join(str(n) for n in numbers).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -19,7 +19,7 @@ class EMA:
     def __init__(
         self, model: nn.Module, decay: float = 0.9999, inv_gamma: float = 1.0, power: float | None = 0.75
     ) -> None:
-        """`model` gives the first values; `power=None` switches the warm-up off. ValueError for a decay outside [0, 1]."""
+        """`model` gives the first values; `power=None` switches the warm-up off. ValueError: decay outside [0, 1]."""
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"ema.decay: {decay} is not in [0, 1]")
         self.decay, self.inv_gamma, self.power = decay, inv_gamma, power

@@ -1,4 +1,4 @@
-"""What a run tells: a logger that lives with tqdm, a log file, and TensorBoard scalars. Rank 0 speaks, the others warn."""
+"""What a run tells: a logger that lives with tqdm, a log file, TensorBoard scalars. Rank 0 speaks, others warn."""
 
 import logging
 import sys
