@@ -1,0 +1,170 @@
+"""The VQ autoencoder in one piece for training (`VQModel`) and cut in two for diffusion (`VQEncoder`, `VQDecoder`).
+
+VQGAN: Esser et al., CVPR 2021. It is the first stage of latent diffusion (Rombach et al., CVPR 2022), in whose latents
+IDiff-Face and UIFace diffuse.
+Legend: B batch, H W height and width of the image, f = 4 for three levels. Images are RGB in [-1, 1]; latents are
+diffused before quantisation, so the encoder does not quantise and the decoder does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from models.autoencoder.modules import Decoder, Encoder
+from models.autoencoder.quantization import VectorQuantizer
+from utils.checkpoint import load_state_dict_file, read_metadata, save_safetensors, strict_load
+from utils.config import UserError
+
+# The first stage `ffhq256` of latent diffusion, which the published files hold without saying so.
+FFHQ256_DDCONFIG: dict[str, Any] = {
+    "double_z": False,
+    "z_channels": 3,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+FFHQ256_N_EMBED = 8192
+FFHQ256_EMBED_DIM = 3
+
+ENCODER_FILE = "vq_encoder.safetensors"
+DECODER_FILE = "vq_decoder.safetensors"
+_ENCODER_PARTS = ("encoder.", "quant_conv.")
+_DECODER_PARTS = ("decoder.", "quantize.", "post_quant_conv.")
+
+
+class VQEncoder(nn.Module):
+    """Images to latents before quantisation; times `latent_scale` their standard deviation is 1 (1.0: left as it is)."""
+
+    def __init__(self, ddconfig: Mapping[str, Any] = FFHQ256_DDCONFIG, embed_dim: int = FFHQ256_EMBED_DIM) -> None:
+        super().__init__()
+        self.encoder = Encoder(**ddconfig)
+        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
+        self.latent_scale = 1.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1] -> latents (B, embed_dim, H/f, W/f), not multiplied by `latent_scale`."""
+        return self.quant_conv(self.encoder(images))
+
+
+class VQDecoder(nn.Module):
+    """Latents to images, through the codebook. `latent_scale` is the encoder's."""
+
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any] = FFHQ256_DDCONFIG,
+        n_embed: int = FFHQ256_N_EMBED,
+        embed_dim: int = FFHQ256_EMBED_DIM,
+    ) -> None:
+        super().__init__()
+        self.decoder = Decoder(**ddconfig)
+        self.quantize = VectorQuantizer(n_embed, embed_dim)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        self.latent_scale = 1.0
+
+    def forward(self, latents: Tensor, quantize: bool = True) -> Tensor:
+        """latents (B, embed_dim, H/f, W/f) in the encoder's own scale -> images (B, 3, H, W), about [-1, 1]."""
+        if quantize:
+            latents = self.quantize(latents).latents
+        return self.decoder(self.post_quant_conv(latents))
+
+
+class Reconstruction(NamedTuple):
+    """What `VQModel` returns."""
+
+    images: Tensor  # (B, 3, H, W), about [-1, 1]
+    latents: Tensor  # (B, embed_dim, H/f, W/f) before quantisation
+    indices: Tensor  # (B * H/f * W/f,) long, codes in use
+    quantizer_loss: Tensor  # ()
+
+
+class VQModel(nn.Module):
+    """Both halves with the same parameter names; only training needs them together."""
+
+    def __init__(self, ddconfig: Mapping[str, Any], n_embed: int, embed_dim: int) -> None:
+        super().__init__()
+        self.ddconfig, self.n_embed, self.embed_dim = dict(ddconfig), n_embed, embed_dim
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        self.quantize = VectorQuantizer(n_embed, embed_dim)
+        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1] -> latents (B, embed_dim, H/f, W/f) before quantisation."""
+        return self.quant_conv(self.encoder(images))
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """images (B, 3, H, W) in [-1, 1] through encoder, codebook and decoder."""
+        latents = self.encode(images)  # (B, embed_dim, H/f, W/f)
+        quantized = self.quantize(latents)
+        reconstructed = self.decoder(self.post_quant_conv(quantized.latents))  # (B, 3, H, W)
+        return Reconstruction(reconstructed, latents, quantized.indices, quantized.loss)
+
+
+def save_autoencoder(model: VQModel, output_dir: str | Path, latent_scale: float) -> tuple[Path, Path]:
+    """Write both halves of `model` as `vq_encoder.safetensors` and `vq_decoder.safetensors`; returns their paths.
+
+    `latent_scale` is 1 / standard deviation of the latents, which diffusion multiplies them by.
+    """
+    state = model.state_dict()
+    paths = []
+    halves = (("vq_encoder", ENCODER_FILE, _ENCODER_PARTS), ("vq_decoder", DECODER_FILE, _DECODER_PARTS))
+    for kind, name, parts in halves:
+        metadata: dict[str, Any] = {
+            "kind": kind,
+            "ddconfig": model.ddconfig,
+            "embed_dim": model.embed_dim,
+            "latent_scale": float(latent_scale),
+        }
+        if kind == "vq_decoder":
+            metadata["n_embed"] = model.n_embed
+        tensors = {key: tensor for key, tensor in state.items() if key.startswith(parts)}
+        paths.append(save_safetensors(tensors, Path(output_dir) / name, metadata))
+    return paths[0], paths[1]
+
+
+def load_encoder(path: str | Path) -> VQEncoder:
+    """The encoder in `path`, in eval mode and without gradients.
+
+    Files written here say what they are; any other file is taken for the published `ffhq256` encoder. UserError when
+    it does not fit.
+    """
+    metadata = _metadata(path, "vq_encoder")
+    encoder = VQEncoder(metadata.get("ddconfig", FFHQ256_DDCONFIG), metadata.get("embed_dim", FFHQ256_EMBED_DIM))
+    return _filled(encoder, path, metadata)
+
+
+def load_decoder(path: str | Path) -> VQDecoder:
+    """The decoder in `path`, in eval mode and without gradients; see `load_encoder`."""
+    metadata = _metadata(path, "vq_decoder")
+    decoder = VQDecoder(
+        metadata.get("ddconfig", FFHQ256_DDCONFIG),
+        metadata.get("n_embed", FFHQ256_N_EMBED),
+        metadata.get("embed_dim", FFHQ256_EMBED_DIM),
+    )
+    return _filled(decoder, path, metadata)
+
+
+def _metadata(path: str | Path, kind: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        hint = f"train_autoencoder.py writes {ENCODER_FILE} and {DECODER_FILE}"
+        raise UserError(f"no such autoencoder file: {path}; {hint}")
+    metadata = read_metadata(path)
+    if metadata.get("kind", kind) != kind:
+        raise UserError(f"{path}: holds a {metadata['kind']}, not a {kind}")
+    return metadata
+
+
+def _filled(module: VQEncoder | VQDecoder, path: str | Path, metadata: Mapping[str, Any]) -> Any:
+    strict_load(module, load_state_dict_file(path), str(path))
+    module.latent_scale = float(metadata.get("latent_scale", 1.0))
+    return module.eval().requires_grad_(False)
