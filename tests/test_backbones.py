@@ -1,0 +1,114 @@
+"""Recognition backbones: names, shapes and numbers of the published networks; files; settings that cannot work."""
+
+import pytest
+import torch
+
+from recognition.backbones import BACKBONES, build_backbone, load_backbone, load_published_backbone, save_backbone
+from tests.compat import fill_deterministic, load_arrays, load_shapes, relative_error
+from utils.checkpoint import save_safetensors
+from utils.config import UserError
+
+
+@pytest.mark.parametrize("name", ["IR_18", "IR_50", "IR_101", "IR_SE_50"])
+def test_keys_and_shapes_are_the_published_ones(name: str) -> None:
+    with torch.device("meta"):
+        state = build_backbone(name.lower()).state_dict()
+    assert {key: tuple(value.shape) for key, value in state.items()} == load_shapes(f"tface_{name}")
+
+
+@pytest.mark.parametrize("name", ["IR_18", "IR_50"])
+def test_outputs_are_the_published_ones(name: str) -> None:
+    arrays = load_arrays("recognition_backbones")
+    backbone = fill_deterministic(build_backbone(name.lower()))
+    with torch.no_grad():
+        out = backbone(torch.from_numpy(arrays["image"]))
+    assert relative_error(out, arrays[name]) < 1e-4
+
+
+def test_names() -> None:
+    depths, iresnet_depths = (18, 34, 50, 101, 152, 200), (18, 34, 50, 100, 200)
+    assert BACKBONES == (
+        *(f"ir_{d}" for d in depths),
+        *(f"ir_se_{d}" for d in depths),
+        *(f"iresnet{d}" for d in iresnet_depths),
+    )
+
+
+@pytest.mark.parametrize("name", ["ir_34", "ir_se_18", "ir_se_152", "iresnet34"])
+def test_each_family_maps_images_to_features(name: str) -> None:
+    backbone = build_backbone(name, input_size=32, num_features=48, width=0.125)
+    out = backbone(torch.zeros(2, 3, 32, 32))
+    assert out.shape == (2, 48)
+    assert (backbone.input_size, backbone.num_features, backbone.config["name"]) == (32, 48, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "widest"),
+    [("ir_34", 16, 512), ("ir_152", 50, 2048), ("ir_200", 66, 2048), ("ir_se_101", 49, 512)],
+)
+def test_units_and_widths(name: str, units: int, widest: int) -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(name)
+    assert len(backbone.body) == units
+    assert backbone.output_layer[0].num_features == widest
+
+
+def test_width_and_stem_make_it_smaller_and_input_size_only_changes_the_last_linear() -> None:
+    with torch.device("meta"):
+        full, narrow, small = (
+            build_backbone("ir_18", **kw) for kw in ({}, {"width": 0.5}, {"input_size": 64, "stem_stride": 2})
+        )
+    assert narrow.body[0].res_layer[1].weight.shape == (32, 32, 3, 3)
+    assert small.output_layer[3].weight.shape == (512, 512 * 2 * 2)
+    assert full.body[7].res_layer[4].weight.shape == small.body[7].res_layer[4].weight.shape
+
+
+def test_file_round_trip(tmp_path) -> None:
+    backbone = fill_deterministic(build_backbone("ir_se_18", input_size=32, num_features=16, width=0.25, dropout=0.1))
+    save_backbone(backbone, tmp_path / "backbone.safetensors")
+    loaded = load_backbone(tmp_path / "backbone.safetensors")
+    assert loaded.config == backbone.config
+    assert not loaded.training
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded(images), backbone(images))
+
+
+def test_load_backbone_refuses_other_files(tmp_path) -> None:
+    with pytest.raises(UserError, match="no such"):
+        load_backbone(tmp_path / "none.safetensors")
+    save_safetensors({"a": torch.zeros(1)}, tmp_path / "other.safetensors", {"kind": "vq_encoder"})
+    with pytest.raises(UserError, match="vq_encoder"):
+        load_backbone(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "affine"), [("ir_18", "", False), ("ir_18", "module.", True), ("iresnet18", "", False)]
+)
+def test_published_files_load_by_name(tmp_path, name: str, prefix: str, affine: bool) -> None:
+    backbone = fill_deterministic(build_backbone(name, input_size=32, affine_output=True if affine else None))
+    state = {prefix + k: v for k, v in backbone.state_dict().items() if "num_batches_tracked" not in k}
+    torch.save(state, tmp_path / "published.pth")
+    loaded = load_published_backbone(tmp_path / "published.pth", name, input_size=32)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded(images), backbone(images))
+    with pytest.raises(UserError, match=r"missing|unexpected"):
+        load_published_backbone(tmp_path / "published.pth", "ir_34", input_size=32)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"name": "ir_19"}, "unknown backbone 'ir_19'.*ir_18, ir_34"),
+        ({"name": "ir_18", "input_size": 100}, "input_size: 100.*multiple of 16"),
+        ({"name": "ir_18", "input_size": 112, "stem_stride": 2}, "input_size: 112.*multiple of 32"),
+        ({"name": "ir_18", "width": 0.0}, "width: 0.0"),
+        ({"name": "ir_18", "dropout": 1.0}, "dropout: 1.0"),
+        ({"name": "ir_18", "num_features": 0}, "num_features: 0"),
+        ({"name": "iresnet18", "affine_output": True}, "affine_output"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(kwargs: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_backbone(**kwargs)
