@@ -1,7 +1,7 @@
 """Deterministic weights and published numbers that the compatibility tests share.
 
-Each tensor of a state dict is filled from its own name, so two implementations with the same parameter names hold the same weights
-without a weight file.
+Each tensor of a state dict is filled from its own name, so two implementations with the same parameter names hold the
+same weights without a weight file.
 """
 
 import json

@@ -1,0 +1,1 @@
+"""The conditional UNet that predicts the noise."""

@@ -1,0 +1,192 @@
+"""Self-attention and identity cross-attention, with recording and injection of attention maps.
+
+Legend: B batch, C channels, H W height and width, N = H * W queries, D context width, T context tokens, d width of a
+head. An attention map is the scaled logits before the softmax, (B, heads, queries, keys).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.diffusion.context import PreparedContext
+
+GROUPS = 32  # of every GroupNorm in the network
+
+
+@dataclass
+class AttentionControl:
+    """What one forward pass does with its attention maps: injection within the batch, and recording.
+
+    Injection (UIFace, ICLR 2025, section 3.3) needs the maps of a pass with the empty context at the same x_t and t.
+    Both branches run in one batch: the first B - F samples are plain, the last F are *followers*, and follower i takes
+    the maps of the plain sample `source[i]`. Softmax weights of self-attention are computed once for both; nothing is
+    kept between layers.
+
+    source: (F,) long, or None for no followers.
+    blend_cross: followers also blend the cross-attention map of their source into their own.
+    record: the layers append their maps to `self_maps` and `cross_maps`, in order of execution. A follower's
+    self-attention
+        map is its source's; its cross-attention map is the one used, after blending.
+    """
+
+    source: Tensor | None = None
+    blend_cross: bool = False
+    record_self: bool = False
+    record_cross: bool = False
+    self_maps: list[Tensor] = field(default_factory=list)
+    cross_maps: list[Tensor] = field(default_factory=list)
+
+    @property
+    def num_followers(self) -> int:
+        return 0 if self.source is None else len(self.source)
+
+
+def blend_maps(own: Tensor, source: Tensor) -> Tensor:
+    """Give `own` the mean of both maps' means and standard deviations over the keys, per query.
+
+    Both (B, heads, queries, keys). The adaptive instance normalisation of UIFace's cross-attention injection, unbiased
+    std.
+    """
+    std, mean = torch.std_mean(own, dim=-1, keepdim=True)
+    source_std, source_mean = torch.std_mean(source, dim=-1, keepdim=True)
+    return (own - mean) / std * ((source_std + std) / 2) + (source_mean + mean) / 2
+
+
+class Attention(nn.Module):
+    """Multi-head attention over tokens (B, N, C). The 1x1 convolutions are stored as published and applied as linear
+    maps."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int, head_channels: int) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = heads * head_channels
+        self.to_q = nn.Conv1d(channels, inner, 1)
+        self.to_k = nn.Conv1d(context_channels, inner, 1)
+        self.to_v = nn.Conv1d(context_channels, inner, 1)
+        self.proj_out = nn.Conv1d(inner, channels, 1)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self._split_heads(_linear(x, self.to_q))  # (B, heads, N, d)
+
+    def keys(self, x: Tensor) -> Tensor:
+        return self._split_heads(_linear(x, self.to_k))  # (B, heads, keys, d)
+
+    def values(self, x: Tensor) -> Tensor:
+        return self._split_heads(_linear(x, self.to_v))  # (B, heads, keys, d)
+
+    def merge(self, attended: Tensor) -> Tensor:
+        """(B, heads, N, d) -> (B, N, C)."""
+        return _linear(attended.transpose(1, 2).flatten(2), self.proj_out)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def self_attention(attention: Attention, x: Tensor, control: AttentionControl | None) -> Tensor:
+    """Attention of the tokens x (B, N, C) to themselves; followers use the weights of their source with their own
+    values."""
+    if control is None or (control.source is None and not control.record_self):
+        return attention.merge(
+            F.scaled_dot_product_attention(attention.queries(x), attention.keys(x), attention.values(x))
+        )
+    plain = x[: len(x) - control.num_followers]
+    logits = attention_map(attention.queries(plain), attention.keys(plain))  # (B - F, heads, N, N)
+    values = attention.values(x)  # (B, heads, N, d)
+    weights = logits.softmax(dim=-1).to(values.dtype)
+    attended = weights @ values[: len(plain)]
+    if control.num_followers:
+        attended = torch.cat([attended, weights[control.source] @ values[len(plain) :]])
+    if control.record_self:
+        control.self_maps.append(torch.cat([logits, logits[control.source]]) if control.num_followers else logits)
+    return attention.merge(attended)
+
+
+def cross_attention(
+    attention: Attention, x: Tensor, keys_values: tuple[Tensor, Tensor], control: AttentionControl | None
+) -> Tensor:
+    """Attention of the tokens x (B, N, C) to the context's keys and values (B, heads, T, d)."""
+    keys, values = keys_values
+    blends = control is not None and control.blend_cross and control.num_followers > 0
+    if control is None or not (blends or control.record_cross):
+        return attention.merge(F.scaled_dot_product_attention(attention.queries(x), keys, values))
+    logits = attention_map(attention.queries(x), keys)  # (B, heads, N, T)
+    if blends:
+        plain, followers = logits.tensor_split([len(x) - control.num_followers])
+        logits = torch.cat([plain, blend_maps(followers, plain[control.source])])
+    if control.record_cross:
+        control.cross_maps.append(logits)
+    return attention.merge(logits.softmax(dim=-1).to(values.dtype) @ values)
+
+
+def attention_map(queries: Tensor, keys: Tensor) -> Tensor:
+    """Scaled logits in float32, (B, heads, queries, keys); both sides are scaled, which keeps half precision in
+    range."""
+    scale = queries.shape[-1] ** -0.25
+    return ((queries * scale) @ (keys * scale).transpose(-1, -2)).float()
+
+
+class SelfAttentionBlock(nn.Module):
+    """x + attention(norm(x)): the attention of every network but the one with identity cross-attention."""
+
+    def __init__(self, channels: int, heads: int, head_channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.attention = Attention(channels, channels, heads, head_channels)
+        # a block begins as the identity, like the residual blocks
+        nn.init.zeros_(self.attention.proj_out.weight)
+        nn.init.zeros_(self.attention.proj_out.bias)
+
+    def forward(self, x: Tensor, context: PreparedContext, control: AttentionControl | None = None) -> Tensor:
+        """x (B, C, H, W) -> the same shape; the context is not used."""
+        return x + _to_image(self_attention(self.attention, _to_tokens(self.norm(x)), control), x)
+
+
+class CrossAttentionBlock(nn.Module):
+    """Self-attention, attention to the identity context's tokens, and a feed-forward net (IDiff-Face, section 3.2)."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int, head_channels: int, layer: int) -> None:
+        """`layer`: the number of this block in order of execution, under which the prepared context keeps its keys."""
+        super().__init__()
+        inner = heads * head_channels
+        self.layer = layer
+        self.context_channels, self.num_tokens = context_channels, head_channels
+        self.x_proj_in = nn.Conv2d(channels, inner, 1)
+        self.x_proj_out = nn.Conv2d(inner, channels, 1)
+        self.self_attention = Attention(inner, inner, heads, head_channels)
+        self.c_proj_in = nn.Linear(context_channels, context_channels * self.num_tokens)
+        self.cross_attention = Attention(inner, context_channels, heads, head_channels)
+        self.x_norm = nn.GroupNorm(GROUPS, inner)  # shared by the three branches
+        self.c_norm = nn.GroupNorm(GROUPS, context_channels)
+        self.ff = nn.Sequential(nn.Linear(inner, 4 * inner), nn.GELU(), nn.Linear(4 * inner, inner))
+        nn.init.zeros_(self.x_proj_out.weight)
+        nn.init.zeros_(self.x_proj_out.bias)
+
+    def context_keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded contexts (B, D) -> keys and values of their tokens, (B, heads, T, d) each. They do not depend on
+        t."""
+        tokens = self.c_proj_in(context).unflatten(-1, (self.context_channels, self.num_tokens))  # (B, D, T)
+        tokens = self.c_norm(tokens).transpose(1, 2)  # (B, T, D)
+        return self.cross_attention.keys(tokens), self.cross_attention.values(tokens)
+
+    def forward(self, x: Tensor, context: PreparedContext, control: AttentionControl | None = None) -> Tensor:
+        """x (B, C, H, W) and B contexts -> (B, C, H, W)."""
+        keys_values = context.keys_values[self.layer]
+        h = self.x_proj_in(x)  # (B, heads * d, H, W)
+        h = h + _to_image(self_attention(self.self_attention, _to_tokens(self.x_norm(h)), control), h)
+        h = h + _to_image(cross_attention(self.cross_attention, _to_tokens(self.x_norm(h)), keys_values, control), h)
+        h = h + _to_image(self.ff(_to_tokens(self.x_norm(h))), h)
+        return x + self.x_proj_out(h)
+
+
+def _linear(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    return F.linear(x, conv.weight.squeeze(-1), conv.bias)
+
+
+def _to_tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
+
+
+def _to_image(tokens: Tensor, like: Tensor) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(-1, like.shape[-2:])  # (B, N, C) -> (B, C, H, W)
