@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from recognition.datasets import IMAGE_SUFFIXES
 from utils.config import UserError
+from utils.images import IMAGE_SUFFIXES
 
 THRESHOLDS = np.arange(0, 4, 0.01)
 FAR_LEVELS = (1e-2, 1e-3, 1e-4)
@@ -153,8 +153,8 @@ class Pairs:
 def read_pairs(pairs_file: str | Path, root: str | Path, *, skip_missing: bool = False) -> Pairs:
     """Read LFW's `pairs.txt` and find its images `<root>/<person>/<person>_<nnnn>.<ext>`.
 
-    The first line holds `folds <tab> pairs`: each fold has that many genuine lines (`person n1 n2`), then as many impostor
-    lines (`person1 n1 person2 n2`). A file whose first line holds one number (a development list), or that has no such
+    The first line holds `folds <tab> pairs`: each fold has that many genuine lines (`person n1 n2`), then as many
+    impostor lines (`person1 n1 person2 n2`). A file whose first line holds one number (a development list), or that has no such
     line, counts as 10 folds.
 
     Args:
@@ -203,9 +203,7 @@ def read_pairs(pairs_file: str | Path, root: str | Path, *, skip_missing: bool =
                 "`person n1 n2` or `person1 n1 person2 n2` is wanted, separated by tabs"
             )
         found = [find(*image) for image in wanted]
-        absent = [
-            f"{person}/{person}_{int(n):04d}" for (person, n), file in zip(wanted, found, strict=True) if not file
-        ]
+        absent = [f"{person}/{person}_{int(n):04d}" for (person, n), f in zip(wanted, found, strict=True) if not f]
         missing += absent
         if absent:
             num_skipped += 1

@@ -27,11 +27,11 @@ def test_outputs_are_the_published_ones(name: str) -> None:
 
 def test_names() -> None:
     depths, iresnet_depths = (18, 34, 50, 101, 152, 200), (18, 34, 50, 100, 200)
-    assert BACKBONES == (
+    assert (
         *(f"ir_{d}" for d in depths),
         *(f"ir_se_{d}" for d in depths),
         *(f"iresnet{d}" for d in iresnet_depths),
-    )
+    ) == BACKBONES
 
 
 @pytest.mark.parametrize("name", ["ir_34", "ir_se_18", "ir_se_152", "iresnet34"])
