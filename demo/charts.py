@@ -1,12 +1,13 @@
 """Small charts as inline SVG. Colours are CSS variables of the report, so that they follow its light and dark theme.
 
-Every chart is a function from numbers to a string; x and y are in the units of the data, everything else in pixels of the
-drawing (which scales with the page).
+Every chart is a function from numbers to a string; x and y are in the units of the data, everything else in pixels of
+the drawing (which scales with the page).
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 
@@ -91,7 +92,7 @@ def thin(xs: np.ndarray, ys: np.ndarray, points: int = MAX_POINTS) -> tuple[np.n
     if len(xs) <= points:
         return xs, ys
     edges = np.linspace(0, len(xs), points + 1).astype(int)
-    spans = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    spans = [slice(a, b) for a, b in pairwise(edges)]
     return np.array([xs[s].mean() for s in spans]), np.array([ys[s].mean() for s in spans])
 
 
@@ -175,7 +176,7 @@ def map_changes(timesteps: Sequence[int], d: np.ndarray, threshold: float) -> st
 
 
 def switch_histogram(timesteps: Sequence[int], switch_t: Sequence[int]) -> str:
-    """How many samples switched at each stage-1 timestep; those that never did (-1) stand at the right, in another colour."""
+    """How many samples switched at each stage-1 timestep; those that never did (-1) stand at the right, in grey."""
     switch_t = np.asarray(switch_t, int)
     slots = [*sorted(set(timesteps), reverse=True), -1]
     counts = [int((switch_t == slot).sum()) for slot in slots]
@@ -191,7 +192,8 @@ def switch_histogram(timesteps: Sequence[int], switch_t: Sequence[int]) -> str:
             body += f'height="{HEIGHT - BOTTOM - axes.y(count):.1f}" style="fill:var({colour})">'
             body += f"<title>{name}: {count} samples</title></rect>"
         if slot < 0 or (i % stride == 0 and i < len(slots) - 2):
-            body += f'<text class="tick" x="{x + width / 2:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{name}</text>'
+            body += f'<text class="tick" x="{x + width / 2:.1f}" y="{HEIGHT - BOTTOM + 18}" '
+            body += f'text-anchor="middle">{name}</text>'
     return _svg(body, "histogram of the timesteps at which samples switched")
 
 

@@ -7,6 +7,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 
 import numpy as np
 
@@ -89,57 +90,7 @@ class Report:
     settings: dict[str, object] = field(default_factory=dict)
 
 
-STYLE = """
-:root { color-scheme: light dark;
-  --paper: #fbfaf8; --card: #ffffff; --ink: #1f2328; --soft: #5b626b; --rule: #e4e1db; --grid: #ece9e3;
-  --ren: #66788a; --two: #0b7a75; --one: #c07a1e; --muted: #a9a59c; --extra: #7c5aa6; }
-@media (prefers-color-scheme: dark) { :root {
-  --paper: #14171a; --card: #1b1f23; --ink: #e6e4df; --soft: #9aa1a9; --rule: #2d3238; --grid: #262b30;
-  --ren: #8fa3b8; --two: #3fb5a8; --one: #e0a04a; --muted: #6d7278; --extra: #b092d6; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 56px 28px 96px; }
-h1 { font-size: 34px; line-height: 1.2; letter-spacing: -.02em; margin: 0 0 12px; font-weight: 650; }
-h2 { font-size: 21px; letter-spacing: -.01em; margin: 64px 0 6px; font-weight: 620; }
-h3 { font-size: 15px; margin: 0 0 2px; font-weight: 600; }
-p { margin: 6px 0 0; max-width: 74ch; } .lead { font-size: 18px; } .note, .meta { color: var(--soft); font-size: 14px; }
-.meta { margin-top: 14px; }
-.card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 18px 20px; min-width: 0; }
-.card .note { margin-top: 0; }
-.columns { display: grid; gap: 18px; margin-top: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
-.wide { margin-top: 18px; } .scroll { overflow-x: auto; }
-.strip { display: grid; grid-template-columns: repeat(var(--n), 1fr); gap: 3px; margin-top: 3px; }
-.strip img { display: block; width: 100%; height: auto; border-radius: 2px; }
-.card h3 + .note { margin-bottom: 12px; }
-.stations { display: grid; gap: 16px 22px; grid-template-columns: minmax(170px, 1fr) 4fr; align-items: center; }
-.stations .strip { margin: 0; } .stations p { margin: 0; }
-table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; color: var(--soft); font-size: 13px; border-bottom: 1px solid var(--rule); }
-th, td { padding: 8px 18px 8px 0; vertical-align: top; } td { border-bottom: 1px solid var(--grid); }
-tr:last-child td { border-bottom: 0; } .n { text-align: right; white-space: nowrap; } tfoot td { font-weight: 600; }
-th:last-child, td:last-child { padding-right: 0; }
-.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 9px; }
-svg { display: block; width: 100%; height: auto; margin-top: 6px; }
-svg text { fill: var(--ink); font: 13px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-svg .tick, svg .label { fill: var(--soft); font-size: 12px; } svg .value { font-weight: 600; font-size: 15px; }
-svg .value .tick { font-weight: 400; } svg .name { font-size: 14px; }
-.grid { stroke: var(--grid); } .axis { stroke: var(--muted); } .whisker { stroke: var(--ink); stroke-width: 1.5; opacity: .75; }
-path { fill: none; stroke-linejoin: round; } .raw { stroke-width: 1; opacity: .28; } .curve { stroke-width: 2.2; }
-.strand { stroke: var(--two); stroke-width: 1; opacity: .16; }
-.threshold { stroke: var(--ink); stroke-dasharray: 5 4; opacity: .7; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; color: var(--soft); font-size: 13px; margin-top: 8px; }
-.legend i { display: inline-block; width: 16px; height: 3px; border-radius: 2px; margin-right: 7px; vertical-align: middle; }
-code { font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
-details { margin-top: 3px; } summary { cursor: pointer; color: var(--soft); font-size: 13px; }
-details code { display: block; margin-top: 6px; padding: 8px 10px; background: var(--paper); border-radius: 6px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 0; font-size: 14px; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 640px) { main { padding: 28px 16px 64px; } .stations { grid-template-columns: 1fr; gap: 6px; }
-  .stations .strip { margin-bottom: 14px; } h1 { font-size: 27px; } }
-@media print { .card { break-inside: avoid; } }
-"""
+STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
 def render(report: Report) -> str:
@@ -173,6 +124,11 @@ def strip(images: np.ndarray, alt: str, size: int = 112) -> str:
             f"<img alt='{escape(alt)}, image {i}' width='{size}' height='{size}' src='data:image/jpeg;base64,{data}'>"
         )
     return f"<div class='strip' style='--n:{len(images)}'>{tags}</div>"
+
+
+def _card(title: str, caption: str, body: str) -> str:
+    """A box; all three are HTML already."""
+    return f"<div class='card'><h3>{title}</h3><p class='note'>{caption}</p>{body}</div>"
 
 
 def duration(seconds: float) -> str:
@@ -225,10 +181,10 @@ def _faces(report: Report) -> str:
     for panel in report.panels:
         strips = "".join(strip(row, f"{panel.title}, identity {i + 1}") for i, row in enumerate(panel.rows))
         dot = f"<span class='dot' style='background:var({COLOURS[panel.key]})'></span>"
-        cards += f"<div class='card'><h3>{dot}{escape(panel.title)}</h3><p class='note'>{escape(panel.caption)}</p>{strips}</div>"
+        cards += _card(dot + escape(panel.title), escape(panel.caption), strips)
     return (
-        "<h2>Faces</h2><p>One row an identity, as the recognisers see them: aligned to 112 x 112 pixels. The images are "
-        f"the first of each identity, not a selection.</p><div class='columns'>{cards}</div>"
+        "<h2>Faces</h2><p>One row an identity, as the recognisers see them: aligned to 112 x 112 pixels. The images "
+        f"are the first of each identity, not a selection.</p><div class='columns'>{cards}</div>"
     )
 
 
@@ -241,6 +197,8 @@ def _pipeline(report: Report) -> str:
 
 
 def _two_stage(report: Report) -> str:
+    change = charts.map_changes(report.timesteps, report.d, report.threshold)
+    switches = charts.switch_histogram(report.timesteps, report.switch_t)
     switched = [t for t in report.switch_t if t >= 0]
     text = (
         f"{len(switched):,} of {len(report.switch_t):,} samples switched to their identity before stage 2"
@@ -251,9 +209,9 @@ def _two_stage(report: Report) -> str:
         "<h2>Two-stage sampling</h2><p>Stage 1 draws content that belongs to no identity. Once the cross-attention map "
         "settles, that is once its change d<sub>t</sub> falls below a threshold, the identity comes in. "
         f"{escape(text)}</p><div class='columns charts'>"
-        f"<div class='card'><h3>Change of the attention map</h3>{charts.map_changes(report.timesteps, report.d, report.threshold)}"
-        "</div><div class='card'><h3>Where the samples switched</h3>"
-        f"{charts.switch_histogram(report.timesteps, report.switch_t)}</div></div>"
+        + _card("Change of the attention map", "Every sample, and their median.", change)
+        + _card("Where the samples switched", "After this step an image is drawn with its identity.", switches)
+        + "</div>"
     )
 
 
@@ -270,7 +228,7 @@ def _training(report: Report) -> str:
             colours={label: names[name] for label, name in labels.items()},
             log_y=curves.log_y,
         )
-        cards += f"<div class='card'><h3>{escape(curves.title)}</h3><p class='note'>{escape(curves.caption)}</p>{chart}</div>"
+        cards += _card(escape(curves.title), escape(curves.caption), chart)
     return f"<h2>Training</h2><p>Faint: as logged; strong: smoothed.</p><div class='columns charts'>{cards}</div>"
 
 
@@ -282,8 +240,8 @@ def _detection(report: Report) -> str:
     )
     return (
         "<h2>Faces found by the detector</h2><p>Share of images in which MTCNN finds a face, during alignment.</p>"
-        "<div class='card wide scroll'><table><thead><tr><th>Images</th><th class='n'>Tried</th><th class='n'>Found</th>"
-        f"<th class='n'>Share</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        "<div class='card wide scroll'><table><thead><tr><th>Images</th><th class='n'>Tried</th>"
+        f"<th class='n'>Found</th><th class='n'>Share</th></tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -291,16 +249,17 @@ def _what_ran(report: Report) -> str:
     rows = ""
     for number, stage in enumerate(report.stages, 1):
         commands = "".join(f"<code>{escape(command)}</code>" for command in stage.commands)
-        how = f"<details><summary>{len(stage.commands)} command{'s' * (len(stage.commands) > 1)}</summary>{commands}</details>"
+        count = f"{len(stage.commands)} command{'s' * (len(stage.commands) > 1)}"
+        how = f"<details><summary>{count}</summary>{commands}</details>"
         note = " (resumed; the last attempt)" if stage.resumed else ""
         rows += (
             f"<tr><td class='n'>{number}</td><td>{escape(stage.title)}{how if stage.commands else ''}</td>"
             f"<td>{escape(stage.outcome)}</td><td class='n'>{duration(stage.seconds)}{note}</td></tr>"
         )
     return (
-        "<h2>What ran</h2><p>Every stage is a script of the project, started as anyone would start it, from the project's "
-        "folder.</p><div class='card wide scroll'><table><thead><tr><th class='n'></th><th>Stage</th><th>Outcome</th>"
-        f"<th class='n'>Time</th></tr></thead><tbody>{rows}</tbody><tfoot><tr><td></td><td>In all</td><td></td>"
+        "<h2>What ran</h2><p>Every stage is a script of the project, started as anyone would start it, from the "
+        "project's folder.</p><div class='card wide scroll'><table><thead><tr><th class='n'></th>"
+        f"<th>Stage</th><th>Outcome</th><th class='n'>Time</th></tr></thead><tbody>{rows}</tbody><tfoot><tr><td></td><td>In all</td><td></td>"
         f"<td class='n'>{duration(report.seconds)}</td></tr></tfoot></table></div>"
     )
 
