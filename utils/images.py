@@ -58,6 +58,15 @@ def read_image(path: str | Path) -> np.ndarray:
     return decode_image(data, str(path))
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) in pixels from the file's header; UserError where there is none."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from error
+
+
 def encode_image(image: np.ndarray, suffix: str = ".png") -> bytes:
     """Encode uint8 (H, W, 3) RGB in the format of the file name suffix (JPEG: quality 95, full colour resolution)."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -164,7 +173,8 @@ def write_block(tiles: np.ndarray, columns: int) -> np.ndarray:
 def read_block(image: np.ndarray, tile_size: int) -> np.ndarray:
     """Cut an identity block uint8 (H, W, 3) into tiles (n, tile_size, tile_size, 3), without its black filler.
 
-    Filler stands at the end of the last row only: a black tile before an image is kept as an image. Raises UserError where the block is not a whole number of tiles.
+    Filler stands at the end of the last row only: a black tile before an image is kept as an image. Raises UserError
+    where the block is not a whole number of tiles.
     """
     height, width = image.shape[:2]
     if height % tile_size or width % tile_size:
