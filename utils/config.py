@@ -12,6 +12,7 @@ import importlib
 import inspect
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,9 +88,13 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
 
 
 def _fail(message: str) -> None:
-    """Print one line (once, not once a rank) and leave with status 2."""
-    if distributed.rank() == 0:
-        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    """Print one line and leave with status 2."""
+    if distributed.rank() != 0:
+        time.sleep(3)  # rank 0 reports a mistake that all ranks share; torchrun then ends this one before it speaks
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.flush()
+    if distributed.world_size() > 1:
+        os._exit(2)  # other ranks may wait in a collective, where a clean-up would wait with them
     sys.exit(2)
 
 

@@ -1,0 +1,329 @@
+"""The diffusion training loop.
+
+A step is a pure function of (seed, step): data order, mirroring, timesteps, noise and context dropout are drawn for the
+whole global batch from a generator seeded with both, and every rank takes its slice. So a run that was killed and
+resumed ends with the same weights as one that was not, and two processes compute what one does with twice the batch.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from diffusion.ddpm import training_loss
+from diffusion.first_stage import FirstStage
+from diffusion.previews import draw_preview
+from diffusion.schedule import NoiseSchedule
+from utils import distributed
+from utils.checkpoint import CheckpointFolder, load_torch, strict_load, write_text
+from utils.config import UserError
+from utils.data.face_dataset import FaceDataset
+from utils.data.step_sampler import StepSampler
+from utils.ema import EMA
+from utils.images import write_image
+from utils.logging import ScalarLogger, get_logger
+from utils.precision import autocast, check_precision
+
+log = get_logger(__name__)
+
+
+@dataclass
+class CheckpointSettings:
+    """Where weights come from and go to."""
+
+    restore: bool = True  # go on from the newest checkpoint of the run folder
+    path: str | None = None  # a checkpoint of another run to start from (weights, optimiser, step)
+    VQEncoder: str | None = None
+    VQDecoder: str | None = None
+    steps_between: int = 5000
+    keep: int = 2  # newest ones; the milestones in steps_of_checkpoints stay as well
+
+
+@dataclass
+class TrainingSettings:
+    """The section `training` of train_config.yaml, but for its config groups optimizer, lr_scheduler and ema."""
+
+    steps: int = 900_000
+    batch_size: int = 64  # images a process
+    num_workers: int = 4  # processes that decode images, a process
+    seed: int = 0
+    precision: str = "fp16"  # fp32, bf16 or fp16 (autocast; weights stay fp32)
+    device: str = "auto"
+    context_dropout: float | None = None  # overrides model.context_dropout_probability
+    context_permutation: float = 0.0  # share of samples that get the embedding of another image of their identity
+    context_scale: str = "unit"  # unit: unit vectors; sqrt_dim: times the square root of their width
+    horizontal_flip: bool = True
+    cache_latents: bool = True  # encode every image once; false runs the encoder in every step
+    gradient_clip: float | None = None  # largest norm of the gradient
+    channels_last: bool = True
+    compile: bool = False
+    steps_between_logging: int = 100
+    steps_between_sampling: int = 5000
+    steps_of_checkpoints: list[int] = field(default_factory=list)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+
+
+@dataclass
+class Batch:
+    """One rank's part of a step: x_0 (B, C, H, W), contexts (B, D) or None, and its random numbers."""
+
+    x_0: Tensor
+    context: Tensor | None
+    t: Tensor  # (B,)
+    noise: Tensor  # (B, C, H, W)
+    empty_mask: Tensor | None  # (B,) bool
+    element_mask: Tensor | None  # (B, context channels) bool
+
+
+def train(
+    unet: nn.Module,
+    schedule: NoiseSchedule,
+    dataset: FaceDataset,
+    first_stage: FirstStage,
+    make_optimizer: Callable[..., torch.optim.Optimizer],
+    make_lr_scheduler: Callable[..., Any],
+    make_ema: Callable[..., EMA],
+    cfg: TrainingSettings,
+    output_dir: Path,
+    config: dict[str, Any],
+) -> dict[str, float]:
+    """Train `unet` to `cfg.steps`, from the newest checkpoint in `output_dir` where there is one.
+
+    `first_stage` turns images into what is diffused; the three factories are partial (config groups); `config` is kept
+    in every checkpoint, which is enough to sample from it. Returns the last logged numbers. Raises UserError for
+    settings that do not fit together, and when the loss stops being a number.
+    """
+    # Network, optimiser, average
+    device = distributed.device(cfg.device)
+    scale = _context_scale(cfg.context_scale, dataset)
+    unet = unet.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    optimizer = make_optimizer(unet.parameters())
+    lr_scheduler = make_lr_scheduler(optimizer)
+    ema = make_ema(unet)
+    scaler = torch.amp.GradScaler(device.type, enabled=check_precision(cfg.precision) == "fp16")
+    schedule = schedule.to(device)
+
+    # Resume
+    folder = CheckpointFolder(output_dir / "checkpoints", cfg.checkpoint.keep, tuple(cfg.steps_of_checkpoints))
+    first_step = 0
+    state = folder.load_latest() if cfg.checkpoint.restore else None
+    if state is None and cfg.checkpoint.path is not None:
+        state = load_torch(cfg.checkpoint.path)
+    if state is not None:
+        first_step = _restore(state, unet, ema, optimizer, lr_scheduler, scaler)
+        log.info("going on from step %d", first_step)
+    if first_step >= cfg.steps:
+        log.info("the run is complete (%d steps); give another output_dir or more training.steps", first_step)
+        return {}
+
+    # From here on `net` computes the loss: compiled and wrapped, same weights
+    net = torch.compile(unet) if cfg.compile else unet
+    if distributed.world_size() > 1:
+        net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+    batches = _batches(unet, schedule, dataset, first_stage, scale, cfg, first_step, device)
+    scalars = ScalarLogger(output_dir)
+    metrics_file = MetricsFile(output_dir / "metrics.jsonl", first_step)
+    log.info(
+        "%.1f M parameters, %d images, %d steps of %d x %d, %s on %s",
+        sum(p.numel() for p in unet.parameters()) / 1e6,
+        len(dataset),
+        cfg.steps,
+        distributed.world_size(),
+        cfg.batch_size,
+        cfg.precision,
+        device,
+    )
+
+    # Train
+    net.train()
+    losses: list[Tensor] = []
+    metrics: dict[str, float] = {}
+    tick = time.perf_counter()
+    progress = tqdm(
+        range(first_step, cfg.steps), initial=first_step, total=cfg.steps, disable=not distributed.is_main()
+    )
+    for step, batch in zip(progress, batches, strict=True):
+        done = step + 1
+        with autocast(device, cfg.precision):
+            loss = training_loss(
+                net,
+                batch.x_0,
+                batch.t,
+                batch.noise,
+                batch.context,
+                schedule,
+                empty_mask=batch.empty_mask,
+                element_mask=batch.element_mask,
+            )
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        if cfg.gradient_clip is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(unet.parameters(), cfg.gradient_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        lr_scheduler.step()
+        ema.update(unet)
+        losses.append(loss.detach())
+
+        # Log
+        if done % cfg.steps_between_logging == 0 or done == cfg.steps:
+            seconds = time.perf_counter() - tick
+            mean_loss = distributed.all_reduce_mean(torch.stack(losses).mean()).item()
+            if not math.isfinite(mean_loss):
+                raise UserError(
+                    f"training: the loss is {mean_loss} at step {done}; try a smaller learning rate, "
+                    "training.gradient_clip=1, or training.precision=bf16; the last checkpoint is kept"
+                )
+            images = len(losses) * cfg.batch_size * distributed.world_size()
+            metrics = {
+                "loss": mean_loss,
+                "lr": lr_scheduler.get_last_lr()[0],
+                "images_per_second": images / seconds,
+                "ema_decay": ema.decay_at(ema.num_updates),
+            }
+            scalars.scalars({f"train/{name}": value for name, value in metrics.items()}, done)
+            metrics_file.append({"step": done, **metrics})
+            progress.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{images / seconds:.0f}", refresh=False)
+            losses, tick = [], time.perf_counter()
+
+        # Look
+        if done % cfg.steps_between_sampling == 0 or done == cfg.steps:
+            if distributed.is_main():
+                preview = draw_preview(ema.model, schedule, dataset, first_stage, batch.x_0.shape[1:], scale, cfg.seed)
+                write_image(output_dir / "previews" / f"step_{done:08d}.png", preview)
+                scalars.image("preview", preview, done)
+            distributed.barrier()
+
+        # Save
+        if done % cfg.checkpoint.steps_between == 0 or done in cfg.steps_of_checkpoints or done == cfg.steps:
+            if distributed.is_main():
+                state = {
+                    "kind": "diffusion",
+                    "model": unet.state_dict(),
+                    "ema": ema.model.state_dict(),
+                    "ema_updates": ema.num_updates,
+                    "optimizer": optimizer.state_dict(),
+                    "lr_scheduler": lr_scheduler.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "config": config,
+                    "latent_scale": first_stage.latent_scale,
+                    "latent_shape": list(batch.x_0.shape[1:]),
+                    "context_scale": scale,
+                }
+                folder.save(done, state)
+            distributed.barrier()
+    if metrics:
+        log.info("step %d: %s", cfg.steps, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    scalars.close()
+    return metrics
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one line a logged step; on resuming, lines past the checkpoint are dropped."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path = path
+        if distributed.is_main() and path.is_file():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+            write_text(path, "".join(line + "\n" for line in lines))
+
+    def append(self, values: dict[str, float]) -> None:
+        """Add one line, on rank 0."""
+        if distributed.is_main():
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def _restore(state: dict[str, Any], unet: nn.Module, ema: EMA, optimizer: Any, lr_scheduler: Any, scaler: Any) -> int:
+    """Put a checkpoint's state into the objects; the number of steps done."""
+    if state.get("kind") != "diffusion":
+        raise UserError(f"training.checkpoint.path: a checkpoint of kind {state.get('kind')!r}, not 'diffusion'")
+    strict_load(unet, state["model"], "checkpoint")
+    ema.load_state_dict({"num_updates": state["ema_updates"], "model": state["ema"]})
+    optimizer.load_state_dict(state["optimizer"])
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    scaler.load_state_dict(state["scaler"])
+    return int(state["step"])
+
+
+def _context_scale(name: str, dataset: FaceDataset) -> float:
+    """The factor on unit contexts that `training.context_scale` names."""
+    width = 1 if dataset.embeddings is None else dataset.embeddings.shape[1]
+    scales = {"unit": 1.0, "sqrt_dim": math.sqrt(width)}
+    if name not in scales:
+        raise UserError(f"training.context_scale: {name!r} is not one of {', '.join(scales)}")
+    return scales[name]
+
+
+def _batches(
+    unet: nn.Module,
+    schedule: NoiseSchedule,
+    dataset: FaceDataset,
+    first_stage: FirstStage,
+    context_scale: float,
+    cfg: TrainingSettings,
+    first_step: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """This rank's batches from `first_step` on, with their random numbers, on `device`."""
+    sampler = StepSampler(len(dataset), cfg.batch_size, cfg.seed, cfg.steps, first_step, cfg.horizontal_flip)
+    same_identity = dataset.same_identity() if cfg.context_permutation > 0 else None
+    conditional = unet.is_context_conditional
+    for step, (x_0, indices) in enumerate(_inputs(dataset, first_stage, sampler, cfg, device), start=first_step):
+        global_size = cfg.batch_size * distributed.world_size()
+        mine = slice(distributed.rank() * cfg.batch_size, (distributed.rank() + 1) * cfg.batch_size)
+        generator = torch.Generator().manual_seed(distributed.seed_for(cfg.seed, "step", step))
+        t = torch.randint(schedule.num_timesteps, (global_size,), generator=generator)
+        noise = torch.randn((global_size, *x_0.shape[1:]), generator=generator)
+        empty = torch.rand(global_size, generator=generator) < unet.unconditioned_probability
+        kept = torch.rand(global_size, unet.context_channels, generator=generator) >= unet.context_dropout_probability
+        context = None
+        if conditional:
+            if same_identity is not None:
+                rng = np.random.default_rng(distributed.seed_for(cfg.seed, "permutation", step, distributed.rank()))
+                swap = rng.random(len(indices)) < cfg.context_permutation
+                indices = [int(rng.choice(same_identity[i])) if s else i for i, s in zip(indices, swap, strict=True)]
+            context = (dataset.embeddings[indices] * context_scale).to(device, non_blocking=True)
+        yield Batch(
+            x_0=x_0,
+            context=context,
+            t=t[mine].to(device, non_blocking=True),
+            noise=noise[mine].to(device, non_blocking=True),
+            empty_mask=empty[mine].to(device, non_blocking=True) if conditional else None,
+            element_mask=kept[mine].to(device, non_blocking=True)
+            if conditional and unet.context_dropout_probability > 0
+            else None,
+        )
+
+
+def _inputs(
+    dataset: FaceDataset, first_stage: FirstStage, sampler: StepSampler, cfg: TrainingSettings, device: torch.device
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """x_0 (B, C, h, w) of each step and the indices of its images: out of the cache, or images through the encoder."""
+    if first_stage.latents is not None:
+        for items in sampler:
+            rows, flips = zip(*items, strict=True)
+            yield first_stage.cached(list(rows), list(flips)).to(device), list(rows)
+        return
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=cfg.num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=cfg.num_workers > 0,
+    )
+    for images, indices in loader:
+        with torch.no_grad(), autocast(device, cfg.precision):
+            x_0 = first_stage.encode(images.to(device, non_blocking=True))  # images => latents
+        yield x_0.float(), indices.tolist()

@@ -1,0 +1,64 @@
+"""Train the identity-conditioned diffusion model: `python main.py ...` or `torchrun --nproc_per_node 8 main.py ...`.
+
+Settings: configs/train_config.yaml. The same command goes on where a stopped run ended.
+"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion.first_stage import FirstStage, load_first_stage
+from diffusion.training_loop import TrainingSettings, train
+from utils import distributed
+from utils.config import UserError, entry_point, instantiate, plain, settings
+from utils.data.latents import cached_latents
+
+# Parts of the section `training` that are config groups, built by their `_target_`.
+GROUPS = ("optimizer", "lr_scheduler", "ema")
+
+
+@entry_point("train_config")
+def main(cfg: DictConfig) -> dict[str, float]:
+    """Compose dataset, first stage, network and schedule; train; return the last logged numbers."""
+    loop = settings(
+        OmegaConf.masked_copy(cfg.training, [k for k in cfg.training if k not in GROUPS]), TrainingSettings, "training"
+    )
+    factories = [instantiate(cfg.training[name], f"training.{name}") for name in GROUPS]
+    device = distributed.device(loop.device)
+    output_dir = Path(cfg.output_dir)
+
+    if loop.context_dropout is not None:
+        cfg.model.context_dropout_probability = loop.context_dropout
+    unet = instantiate(cfg.model, "model")
+    schedule = instantiate(cfg.diffusion, "diffusion")
+    first_stage = FirstStage()
+    if cfg.latent_diffusion:
+        first_stage = load_first_stage(loop.checkpoint.VQEncoder, loop.checkpoint.VQDecoder, device)
+    dataset = instantiate(cfg.dataset, "dataset")
+    _check_contexts(cfg, dataset)
+    if first_stage.encoder is not None and loop.cache_latents:
+        first_stage.latents = cached_latents(
+            dataset, first_stage.encoder, output_dir, batch_size=64, num_workers=loop.num_workers, device=device
+        )
+    return train(unet, schedule, dataset, first_stage, *factories, loop, output_dir, plain(cfg))
+
+
+def _check_contexts(cfg: DictConfig, dataset: object) -> None:
+    """The network's context width must be the embeddings' own."""
+    if not cfg.model.is_context_conditional:
+        return
+    if dataset.embeddings is None:
+        raise UserError(
+            "dataset.embeddings_file_path: not set, and the model is conditional; encode.py makes such a file, "
+            "model=unet_uncond_adagn needs none"
+        )
+    width = dataset.embeddings.shape[1]
+    if width != cfg.model.context_input_channels:
+        raise UserError(
+            f"model.context_input_channels: {cfg.model.context_input_channels}, but the embeddings are {width} wide; "
+            f"give model.context_input_channels={width}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What several test files share: composed configurations, a tiny data set, and launching the project's scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from utils.config import CONFIG_DIR
+from utils.images import write_image
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def compose():
+    """compose(config_name, *overrides) -> DictConfig, as the command line would give it."""
+
+    def _compose(config_name: str, *overrides: str) -> DictConfig:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return hydra.compose(config_name, list(overrides))
+
+    return _compose
+
+
+@pytest.fixture
+def face_folder(tmp_path):
+    """A folder of 6 identities x 3 images of 32 x 32 pixels, smooth and different, with embeddings of width 16."""
+    rng = np.random.default_rng(0)
+    names, embeddings = [], []
+    yy, xx = np.mgrid[0:32, 0:32] / 31.0
+    for identity in range(6):
+        direction = rng.standard_normal(16)
+        colour = rng.uniform(60, 200, 3)
+        for k in range(3):
+            wave = np.sin(6.28 * (xx * (1 + identity % 3) + yy * (1 + identity // 3)) + k)[..., None]
+            image = np.clip(colour + 50 * wave, 0, 255).astype(np.uint8)
+            name = f"id{identity}/{k}.png"
+            (tmp_path / "faces" / f"id{identity}").mkdir(parents=True, exist_ok=True)
+            write_image(tmp_path / "faces" / name, image)
+            names.append(name)
+            embeddings.append(direction + 0.1 * rng.standard_normal(16))
+    np.savez(tmp_path / "embeddings.npz", names=np.asarray(names), embeddings=np.asarray(embeddings, np.float32))
+    return tmp_path
+
+
+@pytest.fixture
+def run_script():
+    """run_script("main.py", *arguments, processes=1, check=True) -> CompletedProcess with text output."""
+
+    def _run(script: str, *arguments: str, processes: int = 1, check: bool = True, timeout: float = 240):
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        target = script.split() if script.endswith(".py") else ["-m", script]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*launcher, *target, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+        )
+        if check and done.returncode != 0:
+            raise AssertionError(f"{script} exited {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return done
+
+    return _run

@@ -1,0 +1,119 @@
+"""Face images with one identity embedding each, as the diffusion model learns from them."""
+
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from utils.config import UserError, existing_file, existing_folder
+from utils.contexts import read_embeddings
+from utils.images import centre_square, list_images, read_image, resize, to_float
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+
+def read_identity_list(path: str | Path | None, key: str) -> frozenset[str]:
+    """Identities to leave out, one a line; the empty set for None. UserError when the named file does not exist."""
+    if path is None:
+        return frozenset()
+    lines = existing_file(path, key, "a text file with one identity a line").read_text(encoding="utf-8").splitlines()
+    return frozenset(line.strip() for line in lines if line.strip())
+
+
+class FaceDataset(Dataset):
+    """Images below `samples_root` in the order of their embeddings.
+
+    Embeddings come as one file (`embeddings_file_path`: .npy beside `images_name_file_path`, .npz with `names` and
+    `embeddings`, or a dictionary), or as a folder with one .npy an image (`embeddings_root`); with neither, the images
+    below `samples_root` serve an unconditional model. `sample_file_ending` replaces the ending that the names carry.
+    The identity of an image is the name of its parent folder. Embeddings without an image (a face that was not found)
+    are left out and counted.
+
+    An item `(index, flip)` is a float32 image (3, image_size, image_size) in [-1, 1] RGB: centred square, bilinear with
+    antialias. `embeddings` is (n, D) float32 with unit rows, or None.
+    """
+
+    def __init__(
+        self,
+        samples_root: str,
+        image_size: int,
+        embeddings_file_path: str | None = None,
+        images_name_file_path: str | None = None,
+        embeddings_root: str | None = None,
+        sample_file_ending: str | None = None,
+        exclude_identities_file: str | None = None,
+    ) -> None:
+        """Reads names and embeddings, not images. UserError for a missing path, or when nothing is left to train on."""
+        self.root = existing_folder(samples_root, "dataset.samples_root", "the folder of training images")
+        self.image_size = image_size
+        excluded = read_identity_list(exclude_identities_file, "dataset.exclude_identities_file")
+        embeddings: np.ndarray | None = None
+        if embeddings_file_path is not None:
+            existing_file(embeddings_file_path, "dataset.embeddings_file_path", "encode.py writes one")
+            if images_name_file_path is not None:
+                existing_file(images_name_file_path, "dataset.images_name_file_path", "the list of image paths")
+            names, embeddings = read_embeddings(embeddings_file_path, images_name_file_path)
+        elif embeddings_root is not None:
+            existing_folder(embeddings_root, "dataset.embeddings_root", "a folder with one .npy an image")
+            names, embeddings = read_embeddings(embeddings_root)
+        else:
+            names = list_images(self.root)
+        present = set(list_images(self.root))
+        rows, self.names = self._match(names, present, sample_file_ending)
+        found = len(rows)
+        keep = [i for i, name in enumerate(self.names) if PurePosixPath(name).parent.name not in excluded]
+        rows, self.names = [rows[i] for i in keep], [self.names[i] for i in keep]
+        if not rows:
+            example = f"the first name is {names[0]!r}" if names else "there are no names"
+            raise UserError(
+                f"dataset.samples_root: no image of {self.root} is named in the embeddings ({example}; "
+                f"{len(present)} images there, {found} matched, {found - len(keep)} excluded); "
+                "check samples_root and sample_file_ending"
+            )
+        log.info(
+            "%d images of %d identities in %s (%d names without an image, %d images of excluded identities left out)",
+            len(rows),
+            len({PurePosixPath(name).parent.as_posix() for name in self.names}),
+            self.root,
+            len(names) - found,
+            found - len(keep),
+        )
+        self.embeddings: torch.Tensor | None = None
+        if embeddings is not None:
+            selected = torch.from_numpy(np.ascontiguousarray(embeddings[rows], dtype=np.float32))
+            self.embeddings = torch.nn.functional.normalize(selected, dim=1)  # (n, D)
+
+    @staticmethod
+    def _match(names: list[str], present: set[str], ending: str | None) -> tuple[list[int], list[str]]:
+        """Rows of `names` whose image exists, and these images. FFHQ names its embeddings without ending."""
+        by_stem = {str(PurePosixPath(p).with_suffix("")): p for p in present}
+        rows, paths = [], []
+        for row, name in enumerate(names):
+            path = name if ending is None else str(PurePosixPath(name).with_suffix(ending))
+            if path not in present and ending is None:
+                path = by_stem.get(name, by_stem.get(str(PurePosixPath(name).with_suffix("")), path))
+            if path in present:
+                rows.append(row)
+                paths.append(path)
+        return rows, paths
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[torch.Tensor, int]:
+        """Image (3, H, W) float32 in [-1, 1], mirrored when `flip`, and its index."""
+        index, flip = item
+        pixels = resize(centre_square(read_image(self.root / self.names[index])), self.image_size)
+        image = to_float(pixels)  # uint8 (H, W, 3) => float32 (3, H, W) in [-1, 1]
+        return (image.flip(-1) if flip else image), index
+
+    def same_identity(self) -> list[np.ndarray]:
+        """For each image, the indices of all images of its identity (its parent folder), itself included."""
+        members: dict[str, list[int]] = defaultdict(list)
+        for index, name in enumerate(self.names):
+            members[PurePosixPath(name).parent.as_posix()].append(index)
+        arrays = {identity: np.asarray(indices) for identity, indices in members.items()}
+        return [arrays[PurePosixPath(name).parent.as_posix()] for name in self.names]

@@ -1,0 +1,20 @@
+"""fp32, bf16 and fp16 as a setting: weights stay float32, the arithmetic of a block is autocast."""
+
+import torch
+
+from utils.config import UserError
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(name: str) -> str:
+    """`name` itself; UserError when it is none of fp32, bf16 and fp16."""
+    if name not in DTYPES:
+        raise UserError(f"precision: {name!r} is not one of {', '.join(DTYPES)}")
+    return name
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context in which matrix products and convolutions on `device` run in `precision`."""
+    dtype = DTYPES[check_precision(precision)]
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
