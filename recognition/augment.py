@@ -27,7 +27,7 @@ FILTERS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Augmentation:
     """Probabilities of the operations, each drawn on its own, applied in the order of the fields.
 

@@ -72,14 +72,14 @@ def read_identity_folders(
     if len(kept) < 2:
         raise UserError(
             f"dataset.root: {root} holds {len(kept)} of {len(by_identity)} identities after leaving out those in "
-            f"exclude_identities_file and those with fewer than {min_images_per_identity} images; two or more are needed"
+            f"exclude_identities_file and those with fewer than {min_images_per_identity} images; two are needed"
         )
     labels = np.repeat(np.arange(len(kept)), [len(files) for files in kept.values()])
     return IdentityFolders(root, list(kept), [path for files in kept.values() for path in files], labels)
 
 
 class FaceDataset(Dataset):
-    """Augmented training images. Items are asked for as (epoch, index), because the augmentation depends on both."""
+    """Augmented training images. Items are asked for as (pass over the images, index): both seed the augmentation."""
 
     def __init__(
         self, folders: IdentityFolders, *, size: int, augment: Augmentation, seed: int, cache_in_memory: bool = False
@@ -94,12 +94,12 @@ class FaceDataset(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray, int]:
         """uint8 (S, S, 3) RGB and its label."""
-        epoch, index = item
+        number, index = item
         if self.cache is not None:
             pixels = self.cache[index]
         else:
             pixels = resize(centre_square(read_image(self.folders.root / self.folders.paths[index])), self.size)
-        generator = np.random.Generator(np.random.PCG64(seed_for(self.seed, "augment", epoch, index)))
+        generator = np.random.Generator(np.random.PCG64(seed_for(self.seed, "augment", number, index)))
         return self.augment(pixels, generator), int(self.folders.labels[index])
 
 
@@ -110,10 +110,10 @@ def collate(samples: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, torch.
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for the steps first_step .. last_step - 1 of one process.
+    """Batches of (pass, index) for the steps first_step .. last_step - 1 of one process.
 
-    Every epoch is a permutation drawn from (seed, epoch), cut into `steps_per_epoch` global batches; a process takes its
-    consecutive part of each. The images past the last whole batch wait for another epoch.
+    Every pass over the images is a permutation drawn from (seed, pass), cut into global batches; a process takes its
+    consecutive part of each. The images past the last whole batch wait for another pass.
     """
 
     def __init__(
@@ -121,22 +121,21 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
         num_images: int,
         *,
         global_batch: int,
-        steps_per_epoch: int,
         first_step: int,
         last_step: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if global_batch % world_size:
+        if global_batch < 2 * world_size or global_batch % world_size:
             raise UserError(
-                f"training.batch_size: {global_batch} images a step do not divide among {world_size} processes; "
-                f"take a multiple of {world_size}"
+                f"training.batch_size: {global_batch} images a step (over all processes) do not give each of {world_size} "
+                f"processes the same number, two or more; take a multiple of {world_size}"
             )
-        if steps_per_epoch * global_batch > num_images:
-            raise ValueError(f"{steps_per_epoch} steps of {global_batch} need more than the {num_images} images")
-        self.num_images, self.global_batch, self.steps_per_epoch = num_images, global_batch, steps_per_epoch
-        self.first_step, self.last_step, self.seed = first_step, last_step, seed
+        if global_batch > num_images:
+            raise UserError(f"training.batch_size: {global_batch}; the training set holds only {num_images} images")
+        self.num_images, self.global_batch, self.seed = num_images, global_batch, seed
+        self.first_step, self.last_step = first_step, last_step
         share = global_batch // world_size
         self.part = slice(rank * share, (rank + 1) * share)
 
@@ -144,11 +143,11 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
         return self.last_step - self.first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order_epoch, order = -1, np.empty(0, np.int64)
+        drawn, order = -1, np.empty(0, np.int64)
         for step in range(self.first_step, self.last_step):
-            epoch, position = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                generator = np.random.Generator(np.random.PCG64(seed_for(self.seed, "order", epoch)))
-                order_epoch, order = epoch, generator.permutation(self.num_images)
+            number, position = divmod(step, self.num_images // self.global_batch)
+            if number != drawn:
+                generator = np.random.Generator(np.random.PCG64(seed_for(self.seed, "order", number)))
+                drawn, order = number, generator.permutation(self.num_images)
             batch = order[position * self.global_batch : (position + 1) * self.global_batch]
-            yield [(epoch, int(index)) for index in batch[self.part]]
+            yield [(number, int(index)) for index in batch[self.part]]

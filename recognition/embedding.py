@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils.config import UserError
 from utils.images import load_images, resize, to_float
 
 
@@ -30,7 +31,7 @@ def embed_images(
     """Embed faces; they are resized to the backbone's `input_size` where they have another size.
 
     Args:
-        backbone: as made by `recognition.backbones`; evaluated without dropout and batch statistics, its mode is restored.
+        backbone: as made by `recognition.backbones`; it runs in eval mode and gets its own mode back.
         images: uint8 (n, H, W, 3) RGB, or n paths of image files (relative ones below `root`), read a batch at a time.
         flip: embed the mirror image too and add both outputs before normalising (the flip test of the benchmarks).
         device: where to compute; None: where the backbone is. The backbone is moved there.
@@ -40,8 +41,8 @@ def embed_images(
         float32 (n, D), rows of length 1.
 
     Raises:
-        UserError: an image that cannot be read.
-        ValueError: an array of another type or shape, or embeddings that are not finite.
+        UserError: an image that cannot be read, a backbone whose embeddings are not finite.
+        ValueError: an array of another type or shape.
     """
     is_array = isinstance(images, np.ndarray)
     if is_array and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3):
@@ -65,7 +66,7 @@ def embed_images(
     finally:
         backbone.train(was_training)
     if not np.isfinite(embeddings).all():
-        raise ValueError("the backbone gives embeddings that are not finite: its training has diverged")
+        raise UserError("the backbone gives embeddings that are not finite: its training has diverged")
     return embeddings
 
 

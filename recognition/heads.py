@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.config import UserError
+
 
 class CosineHead(nn.Module):
     """Class centres on the unit sphere; subclasses turn the cosine of the own class into a harder target.
@@ -23,24 +25,33 @@ class CosineHead(nn.Module):
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes: {num_classes}; a margin head needs at least 2 identities")
-        if scale <= 0 or margin < 0:
-            raise ValueError(f"scale must be above 0 and margin at least 0, not {scale} and {margin}")
+        if not isinstance(scale, (int, float)) or scale <= 0:
+            raise UserError(f"head.scale: {scale!r}; a number above 0 is wanted")
+        if not isinstance(margin, (int, float)) or not 0 <= margin < math.pi:
+            raise UserError(f"head.margin: {margin!r}; a number from 0 to pi is wanted")
         self.scale = scale
         self.margin = margin
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         nn.init.normal_(self.weight, std=0.01)
 
     def target(self, cosine: Tensor) -> Tensor:
-        """The target logit, before scaling, for the cosine to the own class centre; both (B,) float32."""
+        """The target logit, before scaling, for the cosine to the own class centre; both (B, 1) float32."""
         raise NotImplementedError
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def cosine(self, embeddings: Tensor) -> Tensor:
+        """Cosines (B, K) float32 between embeddings (B, D) and class centres."""
         # bf16 has steps of 0.004 near cosine 1, coarser than what tells two faces apart: always float32 here
         with torch.autocast(embeddings.device.type, enabled=False):
-            cosine = F.linear(F.normalize(embeddings.float()), F.normalize(self.weight.float())).clamp(-1, 1)  # (B, K)
-            rows = labels[:, None]  # (B, 1)
-            target = self.target(cosine.gather(1, rows).squeeze(1))  # (B,)
-            return self.scale * cosine.scatter(1, rows, target[:, None])  # (B, K)
+            return F.linear(F.normalize(embeddings.float()), F.normalize(self.weight.float())).clamp(-1, 1)
+
+    def logits(self, cosine: Tensor, labels: Tensor) -> Tensor:
+        """Cosines (B, K) => scaled logits (B, K) with the margin at the own class."""
+        rows = labels[:, None]  # (B, 1)
+        target = self.target(cosine.gather(1, rows))  # (B, 1)
+        return self.scale * cosine.scatter(1, rows, target)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return self.logits(self.cosine(embeddings), labels)
 
 
 class ArcFace(CosineHead):

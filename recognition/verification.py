@@ -154,8 +154,8 @@ def read_pairs(pairs_file: str | Path, root: str | Path, *, skip_missing: bool =
     """Read LFW's `pairs.txt` and find its images `<root>/<person>/<person>_<nnnn>.<ext>`.
 
     The first line holds `folds <tab> pairs`: each fold has that many genuine lines (`person n1 n2`), then as many
-    impostor lines (`person1 n1 person2 n2`). A file whose first line holds one number (a development list), or that has no such
-    line, counts as 10 folds.
+    impostor lines (`person1 n1 person2 n2`). A file whose first line holds one number (a
+    development list), or that has no such line, counts as 10 folds.
 
     Args:
         skip_missing: leave out pairs with a missing image instead of refusing the list.

@@ -51,6 +51,14 @@ def build_backbone(
     """
     if name not in BACKBONES:
         raise UserError(f"backbone.name: unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
+    for key, value, kind in (
+        ("input_size", input_size, int),
+        ("num_features", num_features, int),
+        ("width", width, (int, float)),
+        ("dropout", dropout, (int, float, type(None))),
+    ):
+        if not isinstance(value, kind):
+            raise UserError(f"backbone.{key}: {value!r}; a number is wanted")
     if stem_stride not in (1, 2):
         raise UserError(f"backbone.stem_stride: {stem_stride}; it may be 1 or 2")
     if input_size < STRIDE * stem_stride or input_size % (STRIDE * stem_stride):
