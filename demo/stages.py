@@ -1,0 +1,164 @@
+"""Running the demo's stages: each one once, resumed when it was stopped, skipped when it is complete.
+
+A stage runs scripts of the project as separate processes, as a user would. When it ends, a stamp in `<output_dir>/stages`
+keeps its fingerprint (its settings, and the fingerprints of the stages before it), seconds, commands and outcome. A stage
+whose stamp carries another fingerprint starts over; one that was stopped goes on, because every script resumes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import write_json
+from utils.config import UserError
+from utils.logging import get_logger
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN_VALUE = re.compile(r"[A-Za-z0-9_./+-][A-Za-z0-9_./+ -]*(?<! )")
+RESERVED = ("null", "true", "false", "nan", "inf")
+
+log = get_logger(__name__)
+
+
+def to_text(value: Any) -> str:
+    """A value in the grammar of Hydra's command line; strings are quoted where it needs quotes."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(to_text(v) for v in value)}]"
+    if isinstance(value, (str, Path)):
+        text = str(value)
+        if PLAIN_VALUE.fullmatch(text) and text.lower() not in RESERVED:
+            return text
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return repr(value)
+
+
+def overrides(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`{"training": {"lr": 0.1}}` => `["training.lr=0.1"]`; keys that hold dots or @ pass as they stand."""
+    found: list[str] = []
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found += overrides(value, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}={to_text(value)}")
+    return found
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of JSON-able values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@dataclass
+class StageRecord:
+    """What the stamp of a stage holds."""
+
+    name: str
+    title: str
+    fingerprint: str
+    complete: bool = False
+    seconds: float = 0.0
+    attempts: int = 1
+    commands: list[str] = field(default_factory=list)
+    outcome: str = ""
+
+
+class Stages:
+    """The stages of one demo folder, in order."""
+
+    def __init__(self, output_dir: Path, threads: int) -> None:
+        self.output_dir = output_dir
+        self.threads = threads
+        self.records: list[StageRecord] = []
+        self.ran = 0
+        self._chain = ""
+
+    def run(
+        self, name: str, title: str, settings: Any, folders: Sequence[str], work: Callable[["Commands"], str]
+    ) -> StageRecord:
+        """Run `work` unless its stamp says that it is complete under the same settings.
+
+        settings: everything JSON-able that decides what the stage writes.
+        folders: what it writes, relative to output_dir; removed first when an earlier run had other settings.
+        work: gets a `Commands` and returns one line that says what came out.
+        """
+        self._chain = fingerprint(self._chain, name, settings)
+        stamp = self.output_dir / "stages" / f"{len(self.records) + 1:02d}_{name}.json"
+        record = StageRecord(name, title, self._chain)
+        before = read_stamp(stamp)
+        if before is not None and before.fingerprint == self._chain:
+            if before.complete and all((self.output_dir / folder).exists() for folder in folders):
+                self.records.append(before)
+                return before
+            record.attempts = 1 if before.complete else before.attempts + 1
+        else:
+            for folder in folders:
+                remove(self.output_dir / folder)
+        log.info("[%d] %s%s", len(self.records) + 1, title, " (going on)" if record.attempts > 1 else "")
+        write_json(stamp, vars(record))
+        commands = Commands(record, self.threads)
+        start = time.perf_counter()
+        record.outcome = work(commands)
+        record.seconds = round(time.perf_counter() - start, 2)
+        record.complete = True
+        write_json(stamp, vars(record))
+        log.info("[%d] %s: %s (%.0f s)", len(self.records) + 1, title, record.outcome, record.seconds)
+        self.records.append(record)
+        self.ran += 1
+        return record
+
+
+class Commands:
+    """Starts the project's scripts for one stage and notes their command lines."""
+
+    def __init__(self, record: StageRecord, threads: int) -> None:
+        self.record = record
+        self.threads = threads
+
+    def script(self, script: str, *settings: Mapping[str, Any]) -> None:
+        """`script` is a file (`main.py`) or a module (`-m recognition.train`); `settings` become its overrides.
+
+        Raises UserError when it fails; the script itself has said why.
+        """
+        arguments = [*script.split(), *(item for tree in settings for item in overrides(tree))]
+        shown = shlex.join(["python", *arguments])
+        self.record.commands.append(shown)
+        log.info("    %s", shown)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, check=False)
+        if done.returncode in (130, -2):
+            raise KeyboardInterrupt
+        if done.returncode != 0:
+            raise UserError(
+                f"stage {self.record.name!r}: its command ended with status {done.returncode}: {shown} -- once the reason "
+                "above is gone, the same `make demo` goes on from here"
+            )
+
+
+def read_stamp(path: Path) -> StageRecord | None:
+    """The stamp at `path`, or None where there is none that can be read."""
+    try:
+        return StageRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
