@@ -129,8 +129,8 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if global_batch < 2 * world_size or global_batch % world_size:
             raise UserError(
-                f"training.batch_size: {global_batch} images a step (over all processes) do not give each of {world_size} "
-                f"processes the same number, two or more; take a multiple of {world_size}"
+                f"training.batch_size: {global_batch} images a step (over all processes) do not give each "
+                f"of {world_size} the same number, two or more; take a multiple of {world_size}"
             )
         if global_batch > num_images:
             raise UserError(f"training.batch_size: {global_batch}; the training set holds only {num_images} images")

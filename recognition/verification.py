@@ -6,11 +6,14 @@ between unit vectors, in [0, 4]; a pair is accepted as one person when its dista
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from utils.checkpoint import write_atomically
 from utils.config import UserError
 from utils.images import IMAGE_SUFFIXES
 
@@ -138,6 +141,19 @@ def equal_error_rate(far: np.ndarray, tar: np.ndarray) -> float:
         return float(far[after])
     share = gap[after - 1] / (gap[after - 1] - gap[after])
     return float(far[after - 1] + share * (far[after] - far[after - 1]))
+
+
+def plot_roc(results: Mapping[str, VerificationResult], path: str | Path) -> None:
+    """Write a PNG with the ROC of every result, false accepts on a logarithmic axis down to one impostor pair."""
+    figure = Figure(figsize=(6, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for name, result in results.items():
+        axes.step(result.roc_far, result.roc_tar, where="post", label=f"{name} ({100 * result.accuracy:.2f} %)")
+    lowest = 1 / max(result.num_impostor for result in results.values())
+    axes.set(xscale="log", xlim=(lowest, 1), ylim=(0, 1), xlabel="false accept rate", ylabel="true accept rate")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="lower right")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 @dataclass(frozen=True)

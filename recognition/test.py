@@ -1,0 +1,154 @@
+"""Measure a recogniser on verification pairs: the 10-fold protocol, rates at fixed false accepts, the ROC.
+
+    python -m recognition.test checkpoint=backbone.safetensors dataset.root=lfw pairs_file=pairs.txt output_dir=results
+
+Writes results.json, results.md and roc.png to output_dir and prints the table.
+Settings: configs/recognition_test_config.yaml.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from recognition.backbones import load_backbone, load_published_backbone
+from recognition.embedding import embed_images
+from recognition.verification import FAR_LEVELS, Pairs, evaluate_pairs, plot_roc, read_pairs
+from utils import distributed
+from utils.checkpoint import write_json, write_text
+from utils.config import UserError, entry_point, existing_file, instantiate, settings
+from utils.distributed import seed_for
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass
+class DatasetSettings:
+    """The `dataset` section of recognition_test_config.yaml."""
+
+    root: str
+    skip_missing: bool = False
+
+
+@dataclass
+class TestSettings:
+    """The top level of recognition_test_config.yaml."""
+
+    output_dir: str
+    checkpoint: str | None
+    pairs_file: str
+    dataset: DatasetSettings
+    name: str | None = None
+    flip: bool = True
+    batch_size: int = 64
+    seed: int = 0
+    device: str = "auto"
+
+
+@entry_point("recognition_test_config")
+def main(cfg: DictConfig) -> dict[str, Any]:
+    options = settings(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "backbone"]), TestSettings, "")
+    if options.batch_size < 1:
+        raise UserError(f"batch_size: {options.batch_size}; it must be at least 1")
+    backbone = load_model(options.checkpoint, cfg.get("backbone"), options.seed)
+    pairs = read_pairs(options.pairs_file, options.dataset.root, skip_missing=options.dataset.skip_missing)
+
+    embeddings = embed_pairs(backbone, pairs, options)
+    result = evaluate_pairs(embeddings, pairs.issame, pairs.num_folds)
+
+    name = options.name or default_name(options.checkpoint)
+    report = {
+        "name": name,
+        "checkpoint": options.checkpoint,
+        "pairs_file": options.pairs_file,
+        "dataset_root": options.dataset.root,
+        "flip": options.flip,
+        "num_images": len({path for pair in pairs.paths for path in pair}),
+        "num_skipped_pairs": pairs.num_skipped,
+        **result.summary(),
+    }
+    if distributed.is_main():
+        output_dir = Path(options.output_dir)
+        table = markdown_table([report])
+        write_json(output_dir / "results.json", report)
+        write_text(output_dir / "results.md", table)
+        plot_roc({name: result}, output_dir / "roc.png")
+        sys.stdout.write(table)
+        if pairs.num_skipped:
+            log.warning("%d pairs were left out, their images are missing", pairs.num_skipped)
+    return report
+
+
+def load_model(checkpoint: str | None, backbone_cfg: DictConfig | None, seed: int) -> nn.Module:
+    """The backbone to measure: from a file that carries its configuration, from a published one, or random weights."""
+    if checkpoint is not None:
+        path = existing_file(checkpoint, "checkpoint", "null measures random weights")
+        if path.suffix == ".safetensors":
+            if backbone_cfg is not None:
+                raise UserError(f"backbone: {path} carries its own configuration; leave backbone= out")
+            return load_backbone(path)
+    if backbone_cfg is None:
+        raise UserError("backbone: not set; say what the network is when the checkpoint does not, as in backbone=ir_50")
+    torch.manual_seed(seed_for(seed, "weights"))
+    backbone = instantiate(backbone_cfg, "backbone")
+    if checkpoint is None:
+        return backbone.eval()
+    return load_published_backbone(checkpoint, backbone.config["name"], input_size=backbone.input_size)
+
+
+def embed_pairs(backbone: nn.Module, pairs: Pairs, options: TestSettings) -> np.ndarray:
+    """Embeddings (2 P, D), rows 2i and 2i+1 those of pair i. Each image is embedded once, by one of the processes."""
+    paths = sorted({path for pair in pairs.paths for path in pair})
+    mine = distributed.share(paths)
+    part = embed_images(
+        backbone,
+        mine,
+        batch_size=options.batch_size,
+        flip=options.flip,
+        device=distributed.device(options.device),
+        progress="embedding" if distributed.is_main() else None,
+    )
+    embedding_of: dict[Path, np.ndarray] = {}
+    for some_paths, some_embeddings in distributed.all_gather_objects((mine, part)):
+        embedding_of.update(zip(some_paths, some_embeddings, strict=True))
+    return np.stack([embedding_of[path] for pair in pairs.paths for path in pair])
+
+
+def default_name(checkpoint: str | None) -> str:
+    """`untrained`, or the run folder of the checkpoint (its file name, where it has a telling one)."""
+    if checkpoint is None:
+        return "untrained"
+    path = Path(checkpoint)
+    return path.resolve().parent.name if path.name == "backbone.safetensors" else path.stem
+
+
+def markdown_table(reports: list[dict[str, Any]]) -> str:
+    """Reports of `main` as a Markdown table, a row each; accuracies and rates in per cent."""
+    levels = [f"{far:g}" for far in FAR_LEVELS]
+    head = ["model", "accuracy", "EER", *(f"TAR@FAR {level}" for level in levels), "threshold", "genuine", "impostor"]
+    rows = [
+        [
+            report["name"],
+            f"{100 * report['accuracy']:.2f} ± {100 * report['accuracy_std']:.2f}",
+            f"{100 * report['eer']:.2f}",
+            *(f"{100 * report['tar_at_far'][level]:.2f}" for level in levels),
+            f"{report['threshold']:.3f}",
+            str(report["num_genuine"]),
+            str(report["num_impostor"]),
+        ]
+        for report in reports
+    ]
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
