@@ -82,6 +82,8 @@ class AlignSettings:
             raise UserError("detection_size, detection_padding: at least 1 pixel and a share of at least 0")
         if self.processes is not None and self.processes < 1:
             raise UserError(f"processes: {self.processes}; it is at least 1, or null")
+        if self.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+            raise UserError(f"device: {self.device}; it can be auto, cpu or cuda")
 
     def results(self) -> Record:
         """The settings on which the aligned images depend; a resumed run must have the same."""

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -44,6 +44,8 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
             return np.array(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name}: not an image of a known format") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: not a readable image ({reason})") from error
