@@ -103,7 +103,7 @@ def test_the_nearest_face_to_the_centre_is_taken(aligner):
     image = np.concatenate([draw_face(160, (80, 80), 1.2), draw_face(160, (50, 80))], axis=1)
     detection = aligner.detect([image])[0]
     assert detection.faces == 2
-    assert np.abs(detection.landmarks - (LANDMARKS + [210, 80])).max() < 4
+    assert np.abs(detection.landmarks - (LANDMARKS + np.array([210, 80]))).max() < 4
 
 
 def test_landmarks_come_back_to_the_image(aligner):
