@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from recognition.augment import Augmentation
-from utils.config import UserError, existing_file, existing_folder
+from utils.config import UserError, existing_folder
+from utils.data.face_dataset import read_identity_list
 from utils.distributed import seed_for
 from utils.images import centre_square, list_images, load_images, read_image, resize
 
@@ -45,10 +46,7 @@ def read_identity_folders(
     root = existing_folder(root, "dataset.root", "it holds one folder of images per identity")
     if min_images_per_identity < 1:
         raise UserError(f"dataset.min_images_per_identity: {min_images_per_identity}; it must be at least 1")
-    excluded: set[str] = set()
-    if exclude_identities_file is not None:
-        file = existing_file(exclude_identities_file, "dataset.exclude_identities_file")
-        excluded = {line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()}
+    excluded = read_identity_list(exclude_identities_file, "dataset.exclude_identities_file")
 
     by_identity: dict[str, list[str]] = {}
     try:
@@ -120,24 +118,25 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
         self,
         num_images: int,
         *,
-        global_batch: int,
+        batch_size: int,
         first_step: int,
         last_step: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if global_batch < 2 * world_size or global_batch % world_size:
+        """`batch_size` images a process; UserError where all processes together want more images than there are."""
+        if batch_size < 2:
+            raise UserError(f"training.batch_size: {batch_size}; batch norm needs two images or more")
+        self.global_batch = batch_size * world_size
+        if self.global_batch > num_images:
             raise UserError(
-                f"training.batch_size: {global_batch} images a step (over all processes) do not give each "
-                f"of {world_size} the same number, two or more; take a multiple of {world_size}"
+                f"training.batch_size: {batch_size} on each of {world_size} processes; the training set holds only "
+                f"{num_images} images"
             )
-        if global_batch > num_images:
-            raise UserError(f"training.batch_size: {global_batch}; the training set holds only {num_images} images")
-        self.num_images, self.global_batch, self.seed = num_images, global_batch, seed
+        self.num_images, self.seed = num_images, seed
         self.first_step, self.last_step = first_step, last_step
-        share = global_batch // world_size
-        self.part = slice(rank * share, (rank + 1) * share)
+        self.part = slice(rank * batch_size, (rank + 1) * batch_size)
 
     def __len__(self) -> int:
         return self.last_step - self.first_step

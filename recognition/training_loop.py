@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,11 @@ from utils.config import UserError
 from utils.distributed import seed_for
 from utils.images import default_threads, to_float
 from utils.logging import ScalarLogger, get_logger
+from utils.precision import DTYPES, autocast
 
 log = get_logger(__name__)
 
 KIND = "recognition_training"
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -41,7 +40,7 @@ class TrainingSettings:
     """The `training` section of recognition_train_config.yaml."""
 
     epochs: int = 40
-    batch_size: int = 512  # images a step over all processes
+    batch_size: int = 64  # images a step of one process
     steps_per_epoch: int | None = None  # None: one pass over the images
     lr: float = 0.1
     milestones: list[int] = field(default_factory=lambda: [22, 28, 32])  # 0-based epochs that begin with a lower rate
@@ -76,8 +75,8 @@ class TrainingSettings:
                 raise UserError(f"training.{name}: {getattr(self, name)}; it must be at least 0")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise UserError(f"training.lr: {self.lr}; it must be above 0")
-        if self.precision not in PRECISIONS:
-            raise UserError(f"training.precision: {self.precision!r}; there are {', '.join(PRECISIONS)}")
+        if self.precision not in DTYPES:
+            raise UserError(f"training.precision: {self.precision!r}; there are {', '.join(DTYPES)}")
         if any(epoch < 0 for epoch in self.milestones) or sorted(self.milestones) != list(self.milestones):
             raise UserError(f"training.milestones: {self.milestones}; rising epochs from 0 on are wanted")
 
@@ -139,6 +138,7 @@ def train(
     output_dir = Path(output_dir)
     rank, world_size = distributed.rank(), distributed.world_size()
     device = distributed.device(settings.device)
+    global_batch = settings.batch_size * world_size
     identities = dataset.folders.identities
 
     # Network, optimiser, loss scaling
@@ -149,9 +149,7 @@ def train(
         lr=settings.lr,
         momentum=settings.momentum,
     )
-    dtype = PRECISIONS[settings.precision]
-    autocast = nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
 
     # The newest checkpoint of this folder
     checkpoints = CheckpointFolder(output_dir / "checkpoints", keep=settings.keep_checkpoints)
@@ -159,7 +157,7 @@ def train(
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, hits, images of this process in this epoch
     state = checkpoints.load_latest()
     if state is not None:
-        check_same_run(state, identities, config, output_dir)
+        check_same_run(state, identities, global_batch, config, output_dir)
         strict_load(model, state["model"], f"output_dir: the checkpoint in {output_dir}")
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -168,11 +166,11 @@ def train(
         log.info("resuming after step %d", first_step)
 
     # Data: what a step sees depends on the seed and the step alone
-    steps_per_epoch = settings.steps_per_epoch or max(1, len(dataset) // settings.batch_size)
+    steps_per_epoch = settings.steps_per_epoch or max(1, len(dataset) // global_batch)
     last_step = settings.epochs * steps_per_epoch
     batches = StepBatches(
         len(dataset),
-        global_batch=settings.batch_size,
+        batch_size=settings.batch_size,
         first_step=first_step,
         last_step=last_step,
         seed=settings.seed,
@@ -195,7 +193,7 @@ def train(
     start = time.perf_counter()
     log.info(
         "%d images of %d identities, steps %d..%d of %d images, %d steps an epoch",
-        *(len(dataset), len(identities), first_step, last_step, settings.batch_size, steps_per_epoch),
+        *(len(dataset), len(identities), first_step, last_step, global_batch, steps_per_epoch),
     )
     bar = tqdm(total=last_step, initial=first_step, desc="recogniser", unit="step", disable=not distributed.is_main())
     for step, (pixels, labels) in enumerate(loader, start=first_step):
@@ -207,7 +205,7 @@ def train(
         # uint8 (B, S, S, 3) pixels => float32 (B, 3, S, S) in [-1, 1] => logits (B, K)
         images = to_float(pixels.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
         labels = labels.to(device, non_blocking=True)
-        with autocast:
+        with autocast(device, settings.precision):
             logits, hits = parallel(images, labels)
         loss = F.cross_entropy(logits, labels)
 
@@ -254,6 +252,7 @@ def train(
                     "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(),
                     "identities": identities,
+                    "images_per_step": global_batch,
                     "history": history,
                     "sums": totals,
                     "seconds": seconds_before + time.perf_counter() - start,
@@ -272,7 +271,7 @@ def train(
         "loss": history[-1]["loss"],
         "training_accuracy": history[-1]["accuracy"],
         "seconds": seconds,
-        "images_per_second": last_step * settings.batch_size / seconds,
+        "images_per_second": last_step * global_batch / seconds,
         "history": history,
     }
     if distributed.is_main():
@@ -283,7 +282,9 @@ def train(
     return metrics
 
 
-def check_same_run(state: dict[str, Any], identities: list[str], config: dict[str, Any], output_dir: Path) -> None:
+def check_same_run(
+    state: dict[str, Any], identities: list[str], global_batch: int, config: dict[str, Any], output_dir: Path
+) -> None:
     """Refuse a checkpoint of other identities; warn of settings that changed since it was written."""
     if state.get("kind") != KIND:
         raise UserError(f"output_dir: {output_dir} holds checkpoints of another kind of training; give another folder")
@@ -291,6 +292,12 @@ def check_same_run(state: dict[str, Any], identities: list[str], config: dict[st
         raise UserError(
             f"output_dir: {output_dir} holds a run on {len(state['identities'])} identities, not on these "
             f"{len(identities)}; give another folder, or the same dataset"
+        )
+    held, processes = state["images_per_step"], distributed.world_size()
+    if held != global_batch:
+        raise UserError(
+            f"training.batch_size: {output_dir} holds a run of {held} images a step over all processes, not "
+            f"{global_batch}; with {processes} processes take training.batch_size={held / processes:g}"
         )
     changed = [
         f"{section}.{name}"
