@@ -18,16 +18,16 @@ _SECTIONS = np.array(
         (1.300, 0.00, -0.10, -0.10, -0.10),
         (1.285, 0.18, 0.12, -0.32, -0.10),
         (1.220, 0.37, 0.36, -0.55, -0.10),
-        (1.080, 0.57, 0.60, -0.80, -0.10),
-        (0.850, 0.74, 0.80, -1.00, -0.08),
-        (0.550, 0.83, 0.915, -1.10, -0.08),
-        (0.250, 0.865, 0.965, -1.10, -0.06),
-        (-0.050, 0.865, 0.960, -1.05, -0.05),
-        (-0.350, 0.845, 0.950, -0.90, -0.03),
-        (-0.650, 0.780, 0.935, -0.70, 0.00),
-        (-0.900, 0.675, 0.920, -0.50, 0.02),
-        (-1.100, 0.540, 0.910, -0.30, 0.06),
-        (-1.230, 0.390, 0.870, -0.10, 0.15),
+        (1.080, 0.56, 0.60, -0.80, -0.10),
+        (0.850, 0.72, 0.80, -1.00, -0.08),
+        (0.550, 0.80, 0.915, -1.10, -0.08),
+        (0.250, 0.83, 0.965, -1.10, -0.06),
+        (-0.050, 0.83, 0.960, -1.05, -0.05),
+        (-0.350, 0.81, 0.950, -0.90, -0.03),
+        (-0.650, 0.745, 0.935, -0.70, 0.00),
+        (-0.900, 0.64, 0.920, -0.50, 0.02),
+        (-1.100, 0.50, 0.910, -0.30, 0.06),
+        (-1.230, 0.36, 0.870, -0.10, 0.15),
         (-1.290, 0.240, 0.770, 0.10, 0.30),
         (-1.280, 0.110, 0.620, 0.30, 0.40),
         (-1.250, 0.00, 0.450, 0.45, 0.45),
@@ -47,6 +47,7 @@ class Surface:
     scatter: float = 0.0  # subsurface scattering: softens and reddens the terminator
     two_sided: bool = False
     tangents: np.ndarray | None = None  # hair: direction of the strands, (3, N)
+    live: np.ndarray | None = None  # (N,) bool: points that can be seen at all; None is all of them
 
 
 def linear(srgb) -> np.ndarray:
@@ -54,9 +55,22 @@ def linear(srgb) -> np.ndarray:
     return np.power(np.asarray(srgb, dtype=F), F(2.2))
 
 
+def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(3, N), (3, N) => (N,)."""
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
 def smoothstep(low: float, high: float, x: np.ndarray) -> np.ndarray:
     t = np.clip((x - low) * F(1.0 / (high - low)), 0, 1)
     return t * t * (3 - 2 * t)
+
+
+def blend(albedo: np.ndarray, colour, mask: np.ndarray) -> None:
+    """albedo (3, ...) moves to `colour`, (3,) or (3, ...), by mask (...), in place."""
+    colour = np.asarray(colour, F)
+    if colour.ndim == 1:
+        colour = colour[:, None, None]
+    albedo += mask * (colour - albedo)
 
 
 def bump(x: np.ndarray, centre: float, deviation: float) -> np.ndarray:
@@ -79,7 +93,7 @@ def _interpolation(n: int, n_knots: int) -> np.ndarray:
     return (weight * weight * (3 - 2 * weight)).astype(F)
 
 
-def _by_density(low: float, high: float, n: int, centre: float, half_width: float, gain: float) -> np.ndarray:
+def by_density(low: float, high: float, n: int, centre: float, half_width: float, gain: float) -> np.ndarray:
     """n samples of [low, high], `gain` times denser within `half_width` of `centre`."""
     x = np.linspace(low, high, 2001)
     density = 1 + (gain - 1) / (1 + np.exp((np.abs(x - centre) - half_width) * 14 / half_width))
@@ -97,7 +111,7 @@ def grid_normals(points: np.ndarray) -> np.ndarray:
     normals = np.empty_like(points)
     for i, (j, k) in enumerate(((1, 2), (2, 0), (0, 1))):
         normals[i] = down[j] * right[k] - down[k] * right[j]
-    normals *= 1 / np.sqrt((normals * normals).sum(0) + F(1e-12))
+    normals *= 1 / np.sqrt(dot(normals, normals) + F(1e-12))
     return normals
 
 
@@ -164,8 +178,8 @@ class HeadGrid:
     def __init__(self, identity: Identity, size: int):
         k = size / 128
         self.profile = profile = head_profile(identity)
-        self.phi = _by_density(-2.35, 2.35, int(250 * k), 0.0, 0.95, 2.2).astype(F)[None]
-        t = _by_density(0.0, 1.0, int(250 * k), 0.56, 0.22, 2.2)
+        self.phi = by_density(-2.1, 2.1, int(250 * k), 0.0, 0.9, 1.5).astype(F)[None]
+        t = by_density(0.0, 1.0, int(250 * k), 0.58, 0.22, 1.6)
         self.y, self.width, self.front, self.back, self.centre = (
             profile.at(name, t)[:, None] for name in ("y", "width", "front", "back", "centre")
         )
@@ -177,10 +191,11 @@ class HeadGrid:
         self.face = smoothstep(0.0, 0.25, self.cos) * smoothstep(0.6, 0.78, self.front)
         self.shape = self.r.shape
 
-    def patch(self, x: float, low: float, high: float) -> tuple[slice, slice]:
-        """Rows and columns of the rectangle |x0| < x, low < y0 < high of the face."""
-        rows = np.flatnonzero((self.y[:, 0] > low) & (self.y[:, 0] < high) & (self.front[:, 0] > 0.5))
-        columns = np.flatnonzero(np.abs(self.sin[0]) < min(x / 0.85, 0.999) * (self.cos[0] > 0))
+    def box(self, x: float, reach: float, low: float, high: float) -> tuple[slice, slice]:
+        """Rows and columns of the face around |x0 - x| < reach, low < y0 < high."""
+        rows = np.flatnonzero((self.y[:, 0] > low) & (self.y[:, 0] < high) & ((self.front[:, 0] > 0.5) | (low < -2)))
+        middle = self.x0[int(np.argmin(np.abs(self.y[:, 0] - min(max(0.5 * (low + high), -0.8), 0.3))))]
+        columns = np.flatnonzero((np.abs(middle - x) < reach) & (self.cos[0] > 0))
         return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
     def points(self, displacement: np.ndarray) -> np.ndarray:
@@ -227,22 +242,28 @@ def nose_base(i: Identity) -> float:
     return -0.53 * (1 + 0.8 * (i.nose_length - 1))
 
 
+def nose_tip(i: Identity) -> float:
+    """Height of the tip of the nose."""
+    return nose_base(i) + 0.085 + 0.03 * i.nose_turn
+
+
 def nose_displacement(i: Identity, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Relief of the nose: a ridge that ends in a rounded tip, and two wings, joined by a soft maximum."""
     ax = np.abs(x)
-    base = nose_base(i)
-    tip = base + 0.085 + 0.03 * i.nose_turn
-    top = i.eye_height + 0.12
-    u = np.clip((top - y) / F(top - tip), 0, 1)  # 0 at the root, 1 at the tip
-    ridge = F(0.07 * i.nose_bridge) * smoothstep(0.0, 0.35, u) + F(0.235 * i.nose_height) * u**1.5
-    ridge += F(0.035 * i.nose_hump) * bump(u, 0.45, 0.16)
-    under = smoothstep(base - 0.045 + 0.02 * i.nose_turn, tip + 0.03, y)
-    width = 0.058 + 0.05 * u * u * i.nose_width + 0.014 * (i.nose_bridge - 1) * (1 - u)
-    section = np.exp(-np.power(ax / (F(1.35) * width), F(2.4)))
-    d = ridge * under * section
-    d += F(0.05 * i.nose_tip) * np.exp(-(x**2 + (y - F(tip + 0.01)) ** 2) / F(2 * (0.068 * i.nose_tip) ** 2))
-    wing = 0.135 * i.nose_width
-    d += F(0.105) * np.exp(-((ax - F(wing)) ** 2) / F(2 * 0.05**2) - (y - F(base + 0.05)) ** 2 / F(2 * 0.055**2))
-    return d
+    base, tip = nose_base(i), nose_tip(i)
+    top = i.eye_height + 0.13
+    u = np.maximum((top - y) / F(top - tip), 0)  # 0 at the root, 1 at the tip and, softly, no more
+    u = np.maximum(F(0.5) * (u + 1 - np.sqrt((u - 1) ** 2 + F(0.02))), 0)
+    ridge = F(0.075 * i.nose_bridge) * smoothstep(0.0, 0.35, u) + F(0.225 * i.nose_height) * u ** F(1.5)
+    ridge += F(0.035 * i.nose_hump) * bump(u, 0.45, 0.16) + F(0.02 * i.nose_tip) * bump(u, 1, 0.12)
+    below = F(0.5) * (tip - y + np.sqrt((tip - y) ** 2 + F(0.0016))) / F(0.064 + 0.012 * i.nose_turn)
+    end = np.exp(-(below ** F(2.2)))
+    width = F(0.062) + F(0.014 * (i.nose_bridge - 1)) * (1 - u) + F(0.048 * i.nose_tip) * u * u
+    width = width * (1 - F(0.28) * np.minimum(below, 1.5))
+    body = ridge * end * np.exp(-((ax / (F(1.4) * width)) ** F(2.2)))
+    wing_x, wing_y = F(0.125 * i.nose_width), F(base + 0.055)
+    wings = F(0.15) * np.exp(-(((ax - wing_x) / F(0.062)) ** 2) - ((y - wing_y) / F(0.068)) ** 2)
+    return np.sqrt(np.sqrt(body**4 + wings**4))
 
 
 def ear(i: Identity, g: HeadGrid, side: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -269,46 +290,6 @@ def ear(i: Identity, g: HeadGrid, side: int, size: int) -> tuple[np.ndarray, np.
         points = points[:, :, ::-1]
         bowl = bowl[:, ::-1]
     return np.ascontiguousarray(points), bowl
-
-
-# Neck and torso, top to bottom: height, half-width, half-depth, centre (z), share of the head's rotation
-_TORSO = np.array(
-    [
-        (-0.55, 0.47, 0.45, -0.12, 1.0),
-        (-1.00, 0.47, 0.47, -0.16, 0.75),
-        (-1.40, 0.49, 0.48, -0.22, 0.3),
-        (-1.60, 0.56, 0.50, -0.27, 0.08),
-        (-1.73, 0.78, 0.53, -0.30, 0.0),
-        (-1.88, 1.20, 0.58, -0.32, 0.0),
-        (-2.08, 1.55, 0.66, -0.32, 0.0),
-        (-2.45, 1.74, 0.76, -0.32, 0.0),
-        (-3.30, 1.76, 0.86, -0.32, 0.0),
-    ]
-)
-
-
-def torso(i: Identity, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Neck and shoulders: points (3, R, C) and how far each row turns with the head (R,)."""
-    k = size / 128
-    t = _by_density(0, 1, int(130 * k), 0.5, 0.25, 1.5)
-    knots = np.concatenate([[0], np.cumsum(np.hypot(np.diff(_TORSO[:, 0]), np.diff(_TORSO[:, 1])))])
-    dense = np.linspace(0, 1, 300)
-    kernel = np.exp(-0.5 * (np.arange(-24, 25) / 8.0) ** 2)
-    columns = []
-    for c in range(5):
-        values = np.interp(dense, knots / knots[-1], _TORSO[:, c])
-        values = np.convolve(np.pad(values, 24, mode="edge"), kernel / kernel.sum(), "valid")
-        columns.append(np.interp(t, dense, values).astype(F)[:, None])
-    y, width, depth, centre, follow = columns
-    build = F(i.neck_width) * np.where(y > -1.7, 1, 1 + 0.0 * y)
-    phi = np.linspace(-2.0, 2.0, int(210 * k)).astype(F)[None]
-    # The throat: two tendons and a shallow hollow between them
-    relief = 0.02 * bump(np.abs(phi), 0.5, 0.16) * bump(y, -1.35, 0.22) - 0.03 * bump(phi, 0, 0.18) * bump(
-        y, -1.62, 0.09
-    )
-    x = (width * build + relief) * np.sin(phi)
-    z = centre + (depth * build + relief) * np.cos(phi)
-    return np.stack([x, np.broadcast_to(y, x.shape), z]).astype(F), follow[:, 0]
 
 
 def tube(path: np.ndarray, thickness: float, n_around: int = 6) -> tuple[np.ndarray, np.ndarray]:

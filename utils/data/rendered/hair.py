@@ -70,7 +70,7 @@ def hair_surfaces(i: Identity, g: HeadGrid, size: int) -> list[Surface]:
         cut = int(np.searchsorted(-profile.y, 0.8))
         dense = {name: v[:cut] for name, v in dense.items()}
     length = np.concatenate([[0], np.cumsum(np.hypot(np.diff(dense["y"]), np.diff(dense["width"])))])
-    n_rows, n_columns = int(max(70, 62 * length[-1]) * k), int(300 * k)
+    n_rows, n_columns = int(max(76, 70 * length[-1]) * k), int(320 * k)
     rows = np.linspace(0, length[-1], n_rows)
     y, width, front, back, centre = (
         np.interp(rows, length, dense[name]).astype(F)[:, None] for name in ("y", "width", "front", "back", "centre")
@@ -114,10 +114,11 @@ def hair_surfaces(i: Identity, g: HeadGrid, size: int) -> list[Surface]:
     height = smoothstep(0.2, 1.0, y)
     volume = F(i.hair_volume)
     thickness = (style.side + (style.top - style.side) * height) * volume
-    part = bump(phi, i.hair_part, 0.10) * smoothstep(0.35, 0.9, y) * (phi * np.sign(i.hair_part) > -0.6)
+    away = smoothstep(0.1, 0.5, rows.astype(F))[:, None]  # all columns meet at the crown, so nothing may depend on them there
+    part = away * bump(phi, i.hair_part, 0.10) * smoothstep(0.35, 0.9, y) * (phi * np.sign(i.hair_part) > -0.6)
     if i.hair_style in ("side_part", "bob", "long", "wavy", "quiff"):
         side = np.tanh((phi - F(i.hair_part)) * F(-4 * np.sign(i.hair_part)))
-        thickness = thickness * (1 + 0.22 * side * height * smoothstep(2.2, 1.2, aphi)) - 0.05 * part
+        thickness = thickness * (1 + 0.22 * side * away * height * smoothstep(2.2, 1.2, aphi)) - 0.05 * part
     thickness = thickness + style.lift * volume * bump(phi, 0, 0.6) * bump(y, top + 0.1, 0.2)
     root = F(0.35) if style.fringe is None else F(0.75)
     if not hanging:
@@ -147,7 +148,7 @@ def hair_surfaces(i: Identity, g: HeadGrid, size: int) -> list[Surface]:
         n_locks = int(style.locks * (0.75 + 0.5 * i.hair_curl))
         locks = noise(rng, n_rows, n_columns, max(int(n_locks * length[-1] / 5.5), 4), n_locks)
         locks = np.tanh(locks)
-        thickness = thickness + style.curl * volume * locks * np.clip(above * 3, 0.2, 1)
+        thickness = thickness + style.curl * volume * locks * away * np.clip(above * 3, 0.2, 1)
     thickness = thickness + 0.006 * np.clip(streaks, -2, 2)
 
     # Offset along the normal of the section profile, so that the crown rises and the sides widen
@@ -184,8 +185,12 @@ def hair_surfaces(i: Identity, g: HeadGrid, size: int) -> list[Surface]:
     shade = 1 + 0.16 * np.clip(streaks, -2.2, 2.2) + 0.3 * locks - 0.35 * part
     shade = shade * (0.72 + 0.28 * np.clip(above * 1.5, 0, 1))
     albedo = _hair_albedo(i, shade, rng)
-    keep = np.flatnonzero(alive)
-    surfaces = [_surface(points, normals, tangents, albedo, keep, i)]
+    # Only hair that stands off the head can be seen from inside
+    free = (y < 0.7) & alive
+    surfaces = [
+        _surface(points, normals, tangents, albedo, np.flatnonzero(alive & ~free), i),
+        _surface(points, normals, tangents, albedo, np.flatnonzero(free), i, two_sided=True),
+    ]
     if i.hair_style == "top_bun":
         surfaces.append(_bun(i, g, k, rng))
     return surfaces
@@ -200,7 +205,7 @@ def _hair_albedo(i: Identity, shade: np.ndarray, rng: np.random.Generator) -> np
     return albedo.astype(F)
 
 
-def _surface(points, normals, tangents, albedo, keep, i: Identity) -> Surface:
+def _surface(points, normals, tangents, albedo, keep, i: Identity, two_sided: bool = False) -> Surface:
     n = keep.size
     shine = 0.10 + 0.25 * float(np.mean(i.hair_colour))
     return Surface(
@@ -209,7 +214,7 @@ def _surface(points, normals, tangents, albedo, keep, i: Identity) -> Surface:
         albedo.reshape(3, -1)[:, keep],
         np.full(n, shine, F),
         np.full(n, 28.0, F),
-        two_sided=True,
+        two_sided=two_sided,
         tangents=tangents.reshape(3, -1)[:, keep],
     )
 

@@ -338,14 +338,14 @@ def sample_identity(seed: int, index: int) -> Identity:
         shine=normal(0.5, 0.22, 0.1, 1),
         eye_spacing=normal(0.365, 0.022),
         eye_height=normal(0, 0.025),
-        eye_width=normal(0.178, 0.014),
-        eye_opening=normal(1 - 0.07 * m - 0.1 * age, 0.13, 0.62, 1.35),
+        eye_width=normal(0.188, 0.014),
+        eye_opening=normal(1 - 0.07 * m - 0.1 * age, 0.12, 0.74, 1.3),
         eye_tilt=normal(0.03 - 0.06 * age, 0.075),
         eye_depth=normal(0.5 + 0.12 * m, 0.25, 0, 1),
         eye_fold=normal(0.55, 0.3, 0, 1),
         eye_bags=normal(0.1 + 0.6 * age, 0.2, 0, 1),
         lashes=normal(0.5 - 0.32 * m, 0.18, 0.1, 1),
-        iris_radius=normal(0.071, 0.004),
+        iris_radius=normal(0.075, 0.004),
         iris=_colour(iris),
         brow_height=normal(0.255 - 0.02 * m, 0.026),
         brow_arch=normal(0.5 - 0.25 * m, 0.25, 0, 1),
@@ -359,12 +359,12 @@ def sample_identity(seed: int, index: int) -> Identity:
         nose_length=normal(1 + 0.02 * m + 0.03 * age, 0.08),
         nose_width=normal(1 + 0.04 * m + 0.22 * (melanin - 0.4), 0.11),
         nose_bridge=normal(1, 0.2, 0.5),
-        nose_height=normal(1 + 0.05 * m - 0.15 * (melanin - 0.4), 0.13),
+        nose_height=normal(0.93 + 0.05 * m - 0.15 * (melanin - 0.4), 0.12),
         nose_hump=normal(0.15 * m, 0.5, -1, 1.2),
         nose_tip=normal(1, 0.16),
         nose_turn=normal(-0.1 * m - 0.2 * age, 0.5, -1, 1),
         nostril=normal(0.5, 0.2, 0.1, 1),
-        mouth_width=normal(0.288 + 0.008 * m, 0.026),
+        mouth_width=normal(0.295 + 0.008 * m, 0.026),
         mouth_height=normal(-0.795, 0.025),
         upper_lip=normal(0.058 - 0.006 * m - 0.014 * age + 0.018 * melanin, 0.013, 0.022),
         lower_lip=normal(0.082 - 0.006 * m - 0.014 * age + 0.016 * melanin, 0.016, 0.035),
@@ -378,7 +378,7 @@ def sample_identity(seed: int, index: int) -> Identity:
         hair_volume=normal(1, 0.22, 0.5, 1.6),
         hair_length=normal(1, 0.25, 0.4, 1.6),
         hair_curl=uniform(0, 1),
-        hairline=normal(0.80 + 0.03 * m, 0.05),
+        hairline=normal(0.73 + 0.03 * m, 0.05),
         widows_peak=normal(0, 0.4),
         hair_part=float(rng.choice([-1, 1])) * uniform(0.1, 0.7),
         hair_grey=hair_grey,
@@ -450,7 +450,7 @@ def sample_nuisance(seed: int, identity_index: int, image_index: int, strength: 
     warm = rng.normal(0, 1) * s
     light_colour = np.array((1 + 0.05 * warm, 1.0, 1 - 0.09 * warm)) / (1 + 0.05 * abs(warm))
     cool = rng.normal(0, 1) * s
-    hue = rng.uniform(0.12, 0.9) * np.ones(3) + rng.normal(0, 0.11, 3)
+    hue = rng.uniform(0.12, 0.9) * np.ones(3) + rng.normal(0, 0.07, 3)
     smiling = rng.random()
     occluder = None
     if rng.random() < 0.04 * s:  # something out of focus in a corner, below the mouth
@@ -477,12 +477,12 @@ def sample_nuisance(seed: int, identity_index: int, image_index: int, strength: 
         ambient=between(0.3, 0.55, 0.42),
         ambient_colour=_colour((0.92 - 0.06 * cool, 0.94, 0.96 + 0.05 * cool)),
         shadow_softness=between(0.5, 2.0, 1.0),
-        background=(_colour(hue), _colour(hue + rng.normal(0, 0.12, 3)), _colour(hue * rng.uniform(0.4, 1.1))),
+        background=(_colour(hue), _colour(hue + rng.normal(0, 0.09, 3)), _colour(hue * rng.uniform(0.4, 1.1))),
         background_shapes=int(rng.integers(0, 7)),
         clothes=CLOTHES[int(rng.integers(len(CLOTHES)))],
         clothes_colour=_colour(rng.uniform(0.05, 0.85) + rng.normal(0, 0.16, 3)),
         clothes_colour_2=_colour(rng.uniform(0.1, 0.95) + rng.normal(0, 0.12, 3)),
-        scale=between(0.86, 1.16, 1.0),
+        scale=between(0.86, 1.13, 1.0),
         shift_x=spread(0.03, 0.06),
         shift_y=spread(0.025, 0.05),
         exposure=float(np.exp(spread(0.14, 0.3))),
