@@ -5,6 +5,7 @@ Settings: configs/train_config.yaml. The same command goes on where a stopped ru
 
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion.first_stage import FirstStage, load_first_stage
@@ -29,6 +30,7 @@ def main(cfg: DictConfig) -> dict[str, float]:
 
     if loop.context_dropout is not None:
         cfg.model.context_dropout_probability = loop.context_dropout
+    torch.manual_seed(loop.seed)  # the first weights
     unet = instantiate(cfg.model, "model")
     schedule = instantiate(cfg.diffusion, "diffusion")
     first_stage = FirstStage()

@@ -1,0 +1,91 @@
+"""A user's mistakes on the command line: one line, status 2, before any work."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from omegaconf import OmegaConf
+
+from utils.config import UserError, existing_file, existing_folder, instantiate, settings
+
+
+@dataclass
+class Inner:
+    keep: int = 2
+
+
+@dataclass
+class Outer:
+    steps: int = 10
+    rate: float = 0.1
+    name: str | None = None
+    marks: list[int] = field(default_factory=list)
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_settings_convert_and_nest():
+    got = settings(OmegaConf.create({"steps": "3", "marks": [1, 2], "inner": {"keep": 5}}), Outer, "training")
+    assert got == Outer(steps=3, marks=[1, 2], inner=Inner(keep=5))
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"stepz": 3}, r"training\.stepz: unknown key; did you mean training\.steps"),
+        ({"steps": "many"}, r"training\.steps: Value 'many'"),
+        ({"steps": "???"}, r"training\.steps: not set"),
+        ({"inner": {"kept": 1}}, r"training\.inner.*kept"),
+        (None, "section is missing"),
+    ],
+)
+def test_settings_name_the_key(node, message):
+    with pytest.raises(UserError, match=message) as info:
+        settings(None if node is None else OmegaConf.create(node), Outer, "training")
+    assert "\n" not in str(info.value)
+
+
+def test_instantiate_checks_the_signature_first():
+    node = OmegaConf.create({"_target_": "torch.nn.Linear", "in_features": 3, "out_featurs": 2})
+    with pytest.raises(UserError, match=r"model\.out_featurs: unknown key; did you mean model\.out_features"):
+        instantiate(node, "model")
+    with pytest.raises(UserError, match=r"model\.out_features: not set"):
+        instantiate(OmegaConf.create({"_target_": "torch.nn.Linear", "in_features": 3}), "model")
+    with pytest.raises(UserError, match="cannot import"):
+        instantiate(OmegaConf.create({"_target_": "torch.nn.Lineal"}), "model")
+    with pytest.raises(UserError, match="has no _target_"):
+        instantiate(OmegaConf.create({"in_features": 3}), "model")
+    partial = instantiate(
+        OmegaConf.create({"_target_": "torch.nn.Linear", "_partial_": True, "in_features": 3}), "model"
+    )
+    assert partial(out_features=2).weight.shape == (2, 3)
+
+
+def test_paths_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"a\.b: not set"):
+        existing_file(None, "a.b")
+    with pytest.raises(UserError, match=r"a\.b: no such file: .*none; try encode\.py"):
+        existing_file(tmp_path / "none", "a.b", "try encode.py")
+    with pytest.raises(UserError, match="no such folder"):
+        existing_folder(tmp_path / "none", "a.b")
+    assert existing_folder(str(tmp_path), "a.b") == tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["training.stepz=3"], "training.stepz: unknown key; did you mean training.steps?"),
+        (["model=unet_cond_xx"], "unet_cond_ca"),
+        (["training.steps=soon"], "training.steps: Value 'soon'"),
+        (["dataset.sample_root=x"], "the key is dataset.samples_root"),
+        (["dataset=folder", "dataset.samples_root=/nowhere", "latent_diffusion=false"], "no such folder: /nowhere"),
+        (["training.checkpoint.VQEncoder=/nowhere.pt"], "training.checkpoint.VQEncoder: no such file: /nowhere.pt"),
+        (["model.initial_channels=50"], "initial_channels"),
+        (["+colour=red"], "colour: unknown key"),
+        (["training.precision=fp8", "dataset.samples_root=/"], "VQEncoder: not set"),
+    ],
+)
+def test_command_line_mistakes(run_script, tmp_path, arguments, message):
+    done = run_script("main.py", f"output_dir={tmp_path}", *arguments, check=False)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], done.stderr

@@ -1,0 +1,179 @@
+"""The diffusion loop: exact resume, world size, precision, what a run leaves behind, and bad input."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import main as main_module
+from utils.checkpoint import CheckpointFolder, load_torch
+from utils.config import UserError
+from utils.data.step_sampler import StepSampler
+
+TINY = [
+    "dataset=folder",
+    "latent_diffusion=false",
+    "constants.image_size=16",
+    "model.initial_channels=32",
+    "model.channel_multipliers=[1,1]",
+    "model.is_attention=[false,true]",
+    "model.n_blocks_per_resolution=1",
+    "model.context_input_channels=16",
+    "model.context_channels=32",
+    "training.num_workers=0",
+    "training.precision=fp32",
+    "training.batch_size=4",
+    "training.steps=6",
+    "training.checkpoint.steps_between=3",
+    "training.steps_between_logging=2",
+    "training.steps_between_sampling=100",
+]
+
+
+@pytest.fixture
+def overrides(face_folder):
+    return [
+        *TINY,
+        f"dataset.samples_root={face_folder / 'faces'}",
+        f"dataset.embeddings_file_path={face_folder / 'embeddings.npz'}",
+    ]
+
+
+def run(cfg):
+    return main_module.main.__wrapped__(cfg)
+
+
+def weights(folder):
+    state = load_torch(CheckpointFolder(folder / "checkpoints").paths()[-1])
+    return state["step"], state["ema"], state["model"]
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(compose, overrides, tmp_path, monkeypatch):
+    run(compose("train_config", *overrides, f"output_dir={tmp_path / 'a'}"))
+
+    save = CheckpointFolder.save
+
+    def save_then_die(self, step, state):
+        save(self, step, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointFolder, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        run(compose("train_config", *overrides, f"output_dir={tmp_path / 'b'}"))
+    monkeypatch.undo()
+    assert weights(tmp_path / "b")[0] == 3
+    run(compose("train_config", *overrides, f"output_dir={tmp_path / 'b'}"))
+
+    (step_a, ema_a, model_a), (step_b, ema_b, model_b) = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert step_a == step_b == 6
+    assert all(torch.equal(ema_a[k], ema_b[k]) for k in ema_a) and all(
+        torch.equal(model_a[k], model_b[k]) for k in model_a
+    )
+    lines_a, lines_b = (
+        [json.loads(line) for line in (tmp_path / x / "metrics.jsonl").read_text().splitlines()] for x in "ab"
+    )
+    assert [line["step"] for line in lines_a] == [2, 4, 6]
+    # the resumed run logs step 4 as the mean of one step where the other has two
+    assert lines_a[2]["loss"] == lines_b[-1]["loss"] and lines_b[-1]["step"] == 6
+
+
+def test_what_a_run_leaves_behind(compose, overrides, tmp_path):
+    metrics = run(
+        compose("train_config", *overrides, f"output_dir={tmp_path / 'a'}", "training.steps_between_sampling=6")
+    )
+    assert 0.5 < metrics["loss"] < 2.0  # the zero-initialised output starts at the noise's own variance
+    state = load_torch(tmp_path / "a" / "checkpoints" / "step_00000006.ckpt")
+    assert state["config"]["model"]["initial_channels"] == 32 and state["latent_shape"] == [3, 16, 16]
+    assert state["context_scale"] == 1.0 and state["latent_scale"] == 1.0 and state["ema_updates"] == 6
+    assert any(not torch.equal(state["ema"][k], state["model"][k]) for k in state["ema"])  # it averages
+    assert (tmp_path / "a" / "previews" / "step_00000006.png").is_file()
+    assert list((tmp_path / "a" / "tensorboard").glob("events*"))
+    assert run(compose("train_config", *overrides, f"output_dir={tmp_path / 'a'}")) == {}  # complete: nothing to do
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision(compose, overrides, tmp_path, precision):
+    metrics = run(
+        compose(
+            "train_config", *overrides, f"output_dir={tmp_path}", f"training.precision={precision}", "training.steps=2"
+        )
+    )
+    assert np.isfinite(metrics["loss"])
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(run_script, overrides, tmp_path):
+    common = [*overrides, "training.steps=3", "training.optimizer.lr=1e-3"]
+    run_script("main.py", *common, f"output_dir={tmp_path / 'one'}", "training.batch_size=8")
+    run_script("main.py", *common, f"output_dir={tmp_path / 'two'}", "training.batch_size=4", processes=2)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / x / "metrics.jsonl").read_text().splitlines()]
+        for x in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    (_, _, one), (_, _, two) = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert set(one) == set(two)
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-4
+
+
+def test_latents_are_cached_and_a_stale_cache_is_refused(compose, overrides, face_folder, tmp_path):
+    from models.autoencoder.vqgan import VQModel, save_autoencoder
+
+    ddconfig = dict(
+        double_z=False, z_channels=3, resolution=16, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2], num_res_blocks=1,
+        attn_resolutions=[], dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    encoder, decoder = save_autoencoder(VQModel(ddconfig, n_embed=16, embed_dim=3), tmp_path / "ae", 2.0)
+    common = [
+        *overrides, "latent_diffusion=true", f"training.checkpoint.VQEncoder={encoder}",
+        f"training.checkpoint.VQDecoder={decoder}", "training.steps=2",
+    ]  # fmt: skip
+    cached = run(compose("train_config", *common, f"output_dir={tmp_path / 'a'}"))
+    direct = run(compose("train_config", *common, f"output_dir={tmp_path / 'b'}", "training.cache_latents=false"))
+    assert cached["loss"] == pytest.approx(direct["loss"], rel=2e-3)  # the cache is float16
+    assert np.load(tmp_path / "a" / "latents.npy", mmap_mode="r").shape == (18, 2, 3, 8, 8)
+    assert load_torch(tmp_path / "a" / "checkpoints" / "step_00000002.ckpt")["latent_scale"] == 2.0
+    key = (tmp_path / "a" / "latents.json").read_text()
+    run(compose("train_config", *common, f"output_dir={tmp_path / 'a'}", "constants.image_size=32", "training.steps=3"))
+    assert (tmp_path / "a" / "latents.json").read_text() != key
+
+
+def test_bad_input(compose, overrides, tmp_path):
+    with pytest.raises(UserError, match=r"give model\.context_input_channels=16"):
+        run(compose("train_config", *overrides, f"output_dir={tmp_path}", "model.context_input_channels=512"))
+    with pytest.raises(UserError, match=r"no image of .* is named in the embeddings"):
+        run(
+            compose(
+                "train_config",
+                *overrides,
+                f"output_dir={tmp_path}",
+                f"dataset.samples_root={tmp_path / 'faces' / 'id0'}",
+            )
+        )
+    with pytest.raises(UserError, match="precision: 'fp8' is not one of fp32, bf16, fp16"):
+        run(compose("train_config", *overrides, f"output_dir={tmp_path}", "training.precision=fp8"))
+    with pytest.raises(UserError, match="no such checkpoint"):
+        run(compose("train_config", *overrides, f"output_dir={tmp_path}", "training.checkpoint.path=/nowhere.ckpt"))
+    (tmp_path / "out.txt").write_text("\n".join(f"id{i}" for i in range(6)))
+    with pytest.raises(UserError, match="18 matched, 18 excluded"):
+        run(
+            compose(
+                "train_config",
+                *overrides,
+                f"output_dir={tmp_path}",
+                f"dataset.exclude_identities_file={tmp_path / 'out.txt'}",
+            )
+        )
+
+
+def test_step_sampler_passes_over_the_data_once_an_epoch():
+    sampler = StepSampler(n=10, batch_size=4, seed=3, steps=5)
+    items = [item for batch in sampler for item in batch]
+    assert sorted(i for i, _ in items[:10]) == list(range(10)) and sorted(i for i, _ in items[10:]) == list(range(10))
+    assert items[:10] != items[10:]
+    later = StepSampler(n=10, batch_size=4, seed=3, steps=5, first_step=3)
+    assert [item for batch in later for item in batch] == items[12:]
+    assert {flip for _, flip in items} == {False, True}
+    assert not any(flip for batch in StepSampler(10, 4, 3, 5, horizontal_flip=False) for _, flip in batch)
