@@ -90,6 +90,10 @@ class NoiseSchedule:
         """alpha_bar_t in float64; 1, the clean sample, for t < 0."""
         return float(self._alphas_cumprod[t]) if t >= 0 else 1.0
 
+    def beta(self, t: int) -> float:
+        """beta_t in float64."""
+        return float(self._betas[t])
+
     def _set(self, betas: np.ndarray) -> None:
         if betas.ndim != 1 or len(betas) == 0:
             raise UserError(f"betas: shape {betas.shape}; give a list of one beta per timestep")
@@ -97,7 +101,7 @@ class NoiseSchedule:
             raise UserError(
                 f"betas: from {betas.min():.4g} to {betas.max():.4g} in {len(betas)} timesteps; every beta must be in [0, 1)"
             )
-        self._alphas_cumprod = np.cumprod(1 - betas)
+        self._betas, self._alphas_cumprod = betas, np.cumprod(1 - betas)
         for name, values in {
             "betas": betas,
             "alphas": 1 - betas,
