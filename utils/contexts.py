@@ -7,7 +7,6 @@ Legend: n rows, D width. All arrays that leave this module are float32 (n, D) wi
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -182,12 +181,17 @@ def write_rows(path: str | Path, names_path: str | Path, names: Sequence[str], r
     if len(names) != len(rows):
         raise ValueError(f"{len(rows)} rows, but {len(names)} names")
     write_text(names_path, "".join(f"{name}\n" for name in names))
-    write_atomically(path, partial(_save, rows.astype(np.float32)))
+    save_rows(path, rows)
 
 
-def _save(rows: np.ndarray, path: Path) -> None:
-    with path.open("wb") as file:  # np.save would append .npy to a temporary name
-        np.save(file, rows, allow_pickle=False)
+def save_rows(path: str | Path, rows: np.ndarray) -> None:
+    """Write (n, D) as a float32 `.npy`, whole or not at all."""
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a path, np.save would append .npy to it
+            np.save(file, rows.astype(np.float32), allow_pickle=False)
+
+    write_atomically(path, save)
 
 
 def uniform_contexts(count: int, width: int, seed: int) -> np.ndarray:

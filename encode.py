@@ -1,0 +1,110 @@
+"""Embed a folder of faces: python encode.py checkpoint=... input_dir=... output_dir=... (configs/encode_config.yaml).
+
+Legend: n images, D width. The images are embedded in parts of 512, each kept in `<output_dir>/.parts` until all are
+done: a killed run goes on with the part it was at, with any number of ranks.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from recognition.backbones import load_backbone, load_published_backbone
+from recognition.embedding import embed_images
+from utils import distributed
+from utils.checkpoint import write_json
+from utils.config import UserError, entry_point, existing_file, existing_folder, settings
+from utils.contexts import save_rows, write_embeddings
+from utils.images import list_images
+from utils.logging import get_logger
+
+PART_SIZE = 512
+logger = get_logger("encode")
+
+
+@dataclass
+class EncodeSettings:
+    """The keys of configs/encode_config.yaml."""
+
+    checkpoint: str
+    input_dir: str
+    output_dir: str
+    backbone: str | None
+    flip: bool
+    batch_size: int
+    device: str
+
+
+def describe(options: EncodeSettings, names: list[str]) -> dict[str, Any]:
+    """What the embeddings depend on; a finished or begun output folder of another description is not reused."""
+    images = hashlib.sha256()
+    for name in names:
+        images.update(f"{name}\0{(Path(options.input_dir) / name).stat().st_size}\n".encode())
+    weights = hashlib.sha256(Path(options.checkpoint).read_bytes()).hexdigest()
+    kept = {key: value for key, value in asdict(options).items() if key not in ("output_dir", "batch_size", "device")}
+    return {**kept, "images": len(names), "images_sha256": images.hexdigest(), "checkpoint_sha256": weights}
+
+
+def encode(options: EncodeSettings) -> None:
+    """Embed every image below options.input_dir and write the four files (see utils.contexts.write_embeddings)."""
+    checkpoint = existing_file(options.checkpoint, "checkpoint", "recognition.train writes backbone.safetensors")
+    root = existing_folder(options.input_dir, "input_dir", "the folder of aligned faces")
+    if options.batch_size < 1:
+        raise UserError(f"batch_size: {options.batch_size}; it is at least 1")
+    names = list_images(root)
+    if not names:
+        raise UserError(f"input_dir: no images in {root}; it holds one folder of images an identity")
+    if options.backbone is None:
+        backbone = load_backbone(checkpoint)
+    else:
+        backbone = load_published_backbone(checkpoint, options.backbone)
+    output_dir = Path(options.output_dir)
+    description_file, parts = output_dir / "encoder.json", output_dir / ".parts"
+    description = describe(options, names)
+    if description_file.exists() and json.loads(description_file.read_text(encoding="utf-8")) == description:
+        logger.info("%s: embedded before", output_dir)
+        return
+    files = [(start, parts / f"{start:08d}.npy") for start in range(0, len(names), PART_SIZE)]
+    if distributed.is_main():
+        _claim(parts, description)
+    distributed.barrier()
+    todo = [item for item in files if not item[1].exists()]
+    distributed.barrier()  # all ranks have looked before one writes: they must share out the same list
+    device = distributed.device(options.device)
+    bar = tqdm(distributed.share(todo), desc="embed", unit=f"{PART_SIZE} images", disable=not distributed.is_main())
+    for start, file in bar:
+        batch = names[start : start + PART_SIZE]
+        rows = embed_images(
+            backbone, batch, root=root, batch_size=options.batch_size, flip=options.flip, device=device
+        )  # (part, D)
+        save_rows(file, rows)
+    distributed.barrier()
+    if distributed.is_main():
+        write_embeddings(output_dir, names, np.concatenate([np.load(file, allow_pickle=False) for _, file in files]))
+        write_json(description_file, description)
+        shutil.rmtree(parts)
+    distributed.barrier()
+
+
+def _claim(parts: Path, description: dict[str, Any]) -> None:
+    """Keep the parts of a killed run with the same description; throw others away."""
+    claim = parts / "encoder.json"
+    if not (claim.exists() and json.loads(claim.read_text(encoding="utf-8")) == description):
+        shutil.rmtree(parts, ignore_errors=True)
+        write_json(claim, description)
+
+
+@entry_point("encode_config")
+def main(cfg: DictConfig) -> None:
+    encode(settings(cfg, EncodeSettings, ""))
+    logger.info("embeddings.npy and contexts.npy are in %s", cfg.output_dir)
+
+
+if __name__ == "__main__":
+    main()
