@@ -6,7 +6,7 @@ import torch
 from recognition.backbones import BACKBONES, build_backbone, load_backbone, load_published_backbone, save_backbone
 from tests.compat import fill_deterministic, load_arrays, load_shapes, relative_error
 from utils.checkpoint import save_safetensors
-from utils.config import UserError
+from utils.config import CONFIG_DIR, UserError
 
 
 @pytest.mark.parametrize("name", ["IR_18", "IR_50", "IR_101", "IR_SE_50"])
@@ -32,6 +32,13 @@ def test_names() -> None:
         *(f"ir_se_{d}" for d in depths),
         *(f"iresnet{d}" for d in iresnet_depths),
     ) == BACKBONES
+
+
+def test_every_name_has_a_config_that_says_it(compose) -> None:
+    files = sorted(path.stem for path in (CONFIG_DIR / "backbone").glob("*.yaml"))
+    assert files == sorted(BACKBONES)
+    for name in files:
+        assert compose("recognition_train_config", f"backbone={name}").backbone.name == name
 
 
 @pytest.mark.parametrize("name", ["ir_34", "ir_se_18", "ir_se_152", "iresnet34"])
