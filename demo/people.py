@@ -1,6 +1,8 @@
-"""Who is trained on and who is tested: people from a user's class folders, and the verification pairs of the held-out ones."""
+"""Who is trained on and who is tested: people from a user's class folders, and pairs of those held out."""
 
 import json
+import os
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -13,11 +15,6 @@ from utils.images import list_images, read_image, write_image
 
 MIN_TRAIN_PEOPLE, MIN_TEST_PEOPLE, MIN_IMAGES = 20, 10, 4
 LARGEST_SIDE = 512  # of an imported photograph, in pixels; its face ends up at 112
-
-
-def lfw_name(person: str, index: int) -> str:
-    """`person/person_0001.png`, the naming of LFW, counted from 0 here and from 1 there."""
-    return f"{person}/{person}_{index + 1:04d}.png"
 
 
 def read_class_folders(data: str | Path) -> dict[str, list[str]]:
@@ -37,8 +34,8 @@ def read_class_folders(data: str | Path) -> dict[str, list[str]]:
         if not people and flat:
             found = f"{flat} images without identity folders"
         raise UserError(
-            f"data: {root} holds {found}; at least {needed} identities with {MIN_IMAGES} images each are needed, "
-            f"{MIN_TRAIN_PEOPLE} to train on and {MIN_TEST_PEOPLE} to test on, laid out as <data>/<identity>/<image>.jpg"
+            f"data: {root} holds {found}; at least {needed} identities with {MIN_IMAGES} images each are needed "
+            f"({MIN_TRAIN_PEOPLE} to train on, {MIN_TEST_PEOPLE} to test on), laid out as <data>/<identity>/<image>.jpg"
         )
     return enough
 
@@ -55,18 +52,18 @@ def split_people(people: list[str], train: int, test: int, seed: int) -> tuple[l
 
 
 def import_people(data: str | Path, people: dict[str, list[str]], chosen: list[str], to: Path, most: int) -> int:
-    """Copy up to `most` images of each chosen person to `to`, shrunk to LARGEST_SIDE, named as LFW names them.
+    """Copy up to `most` images of each chosen person to `to`, shrunk to LARGEST_SIDE; returns their number.
 
-    Folders become person_0000, person_0001, ...; `to/people.json` keeps their own names. Returns the number of images.
+    Folders become 00000, 00001, ... as those of rendered people; `to/people.json` keeps their own names.
     """
     count = 0
     for number, person in enumerate(chosen):
         for index, name in enumerate(people[person][:most]):
             image = Image.fromarray(read_image(Path(data) / name))
             image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
-            write_image(to / lfw_name(f"person_{number:04d}", index), np.asarray(image))
+            write_image(to / f"{number:05d}" / f"{index:03d}.png", np.asarray(image))
             count += 1
-    names = {f"person_{number:04d}": person for number, person in enumerate(chosen)}
+    names = {f"{number:05d}": person for number, person in enumerate(chosen)}
     write_text(to / "people.json", json.dumps(names, indent=1) + "\n")
     return count
 
@@ -75,7 +72,7 @@ def draw_pairs(images: dict[str, list[int]], folds: int, genuine: int, seed: int
     """Verification pairs, (genuine, impostor) of each fold; no person appears in two folds (as in LFW).
 
     images: the image numbers of each person. genuine: how many genuine pairs are wanted in all; as many impostor pairs.
-    Every fold gets the same number, as the format asks, and where there are few people, fewer folds and pairs are made.
+    Every fold gets the same number, as the format asks; few people give fewer folds and pairs.
 
     Returns:
         per fold, genuine (person, n1, n2) and impostor (person1, n1, person2, n2); lists of equal length.
@@ -110,10 +107,17 @@ def write_pairs(path: Path, folds: list[tuple[list, list]]) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def image_numbers(root: Path) -> dict[str, list[int]]:
-    """The image numbers of each person below `root`, read off LFW's file names."""
+def name_as_lfw(faces: Path, to: Path) -> dict[str, list[int]]:
+    """Link (or copy) `faces/<person>/<image>` to `to/<person>/<person>_<nnnn>`; the image numbers of each person."""
     numbers: dict[str, list[int]] = {}
-    for name in list_images(root):
-        person, _, file = name.rpartition("/")
-        numbers.setdefault(person, []).append(int(Path(file).stem.rpartition("_")[2]))
+    for name in list_images(faces):
+        person = name.rpartition("/")[0]
+        numbers.setdefault(person, []).append(len(numbers.get(person, [])) + 1)
+        target = to / person / f"{person}_{numbers[person][-1]:04d}{Path(name).suffix}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(faces / name, target)
+        except OSError:
+            shutil.copyfile(faces / name, target)
     return numbers

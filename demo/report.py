@@ -260,7 +260,8 @@ def _what_ran(report: Report) -> str:
         "<h2>What ran</h2><p>Every stage is a script of the project, started as anyone would start it, from the "
         "project's folder.</p><div class='card wide scroll'><table><thead><tr><th class='n'></th>"
         f"<th>Stage</th><th>Outcome</th><th class='n'>Time</th></tr></thead><tbody>{rows}</tbody>"
-        f"<tfoot><tr><td></td><td>In all</td><td></td><td class='n'>{duration(report.seconds)}</td></tr></tfoot></table></div>"
+        f"<tfoot><tr><td></td><td>In all</td><td></td><td class='n'>{duration(report.seconds)}</td></tr>"
+        "</tfoot></table></div>"
     )
 
 

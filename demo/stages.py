@@ -1,8 +1,9 @@
 """Running the demo's stages: each one once, resumed when it was stopped, skipped when it is complete.
 
-A stage runs scripts of the project as separate processes, as a user would. When it ends, a stamp in `<output_dir>/stages`
-keeps its fingerprint (its settings, and the fingerprints of the stages before it), seconds, commands and outcome. A stage
-whose stamp carries another fingerprint starts over; one that was stopped goes on, because every script resumes.
+A stage runs scripts of the project as separate processes, as a user would. When it ends, a stamp in
+`<output_dir>/stages` keeps its fingerprint (its settings, and the fingerprints of the stages before it), seconds,
+commands and outcome. A stage whose stamp carries another fingerprint starts over; one that was stopped goes on, because
+every script resumes.
 """
 
 import hashlib
@@ -143,8 +144,8 @@ class Commands:
             raise KeyboardInterrupt
         if done.returncode != 0:
             raise UserError(
-                f"stage {self.record.name!r}: its command ended with status {done.returncode}: {shown} -- once the reason "
-                "above is gone, the same `make demo` goes on from here"
+                f"stage {self.record.name!r}: its command ended with status {done.returncode}: {shown} -- once the "
+                "reason above is gone, the same `make demo` goes on from here"
             )
 
 
