@@ -103,11 +103,7 @@ def build(
             "system": platform.platform(terse=True),
             **metrics["versions"],
         },
-        settings=dict(
-            item
-            for section in ("recogniser", "autoencoder", "diffusion", "sampling", "two_stage", "one_stage")
-            for item in [(section, ", ".join(flat(pipeline.scripts[section])))]
-        ),
+        settings={name: ", ".join(flat(given)) for name, given in pipeline.scripts.items() if given},
     )
 
 

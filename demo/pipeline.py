@@ -16,12 +16,12 @@ import numpy as np
 from omegaconf import DictConfig
 
 from demo import people
-from demo.stages import Commands, Stages
+from demo.stages import ROOT, Commands, Stages
 from utils.config import UserError, check_keys, plain, settings
 from utils.contexts import gaussian_contexts, read_contexts, write_rows
 from utils.images import default_threads, list_images
 
-SCRIPTS = ("recogniser", "autoencoder", "diffusion", "sampling", "two_stage", "one_stage")
+SCRIPTS = ("render", "align", "recogniser", "autoencoder", "diffusion", "sampling", "two_stage", "one_stage")
 GENERATED = ("two_stage", "one_stage")
 # Backbone settings are needed again to build the untrained network; everything else of the recipe is about training.
 BACKBONE_KEY = "backbone"
@@ -76,9 +76,9 @@ class Pipeline:
             raise UserError(f"people.test: {self.people.test}; {self.pairs.folds} folds need at least {needed} people")
 
     def path(self, name: str) -> str:
-        """A path below output_dir, relative to the working folder where it can be."""
+        """A path below output_dir, as the scripts take it: relative to the project's folder where it can be."""
         path = self.output_dir.resolve() / name
-        return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+        return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
     def run(self) -> None:
         """All stages but the report."""
@@ -105,7 +105,8 @@ class Pipeline:
                 ("test", self.people.test, self.people.train, self.people.images_per_test_person),
             ):
                 who = {"n_identities": count, "first_identity": first, "images_per_identity": images}
-                run.script("-m utils.data.rendered", {"output_dir": self.path(f"faces/{part}")}, who, common)
+                folder = {"output_dir": self.path(f"faces/{part}")}
+                run.script("-m utils.data.rendered", folder, who, common, self.scripts["render"])
             return f"{count_text(self.output_dir / 'faces/train')} to learn from, {self.people.test} more to test on"
 
         def copy(run: Commands) -> str:
@@ -117,7 +118,7 @@ class Pipeline:
                 people.import_people(self.data, self.found, chosen, self.output_dir / "faces" / part, most)
             return f"{count_text(self.output_dir / 'faces/train')} to learn from, {len(test)} more to test on"
 
-        size = [vars(self.people), self.seed]
+        size = [vars(self.people), self.seed, self.scripts["render"]]
         if self.data is None:
             self.stages.run("render", "Render people", size, ["faces"], render)
         else:
@@ -129,11 +130,11 @@ class Pipeline:
             found = []
             for part, extra in (("train", {}), ("test", {"just_resize_if_fail": True})):
                 folders = {"input_dir": self.path(f"faces/{part}"), "output_dir": self.path(f"aligned/{part}")}
-                run.script("align.py", folders, extra)
+                run.script("align.py", folders, extra, self.scripts["align"])
                 found.append(f"{100 * read_json(self.output_dir / 'aligned' / part / ALIGNMENT)['rate']:.1f} %")
             return f"a face found in {found[0]} of the training and {found[1]} of the test images"
 
-        self.stages.run("align", "Find and align their faces", None, ["aligned"], work)
+        self.stages.run("align", "Find and align their faces", self.scripts["align"], ["aligned"], work)
 
     def _pairs(self) -> None:
         def work(run: Commands) -> str:
@@ -228,7 +229,8 @@ class Pipeline:
             for name in GENERATED:
                 blocks = self.scripts[name].get("sampling", {}).get("save_mode") == "blocks"
                 aligned = f"samples/{name}_aligned" if blocks else f"generated/{name}"
-                run.script("align.py", {"input_dir": self.path(f"samples/{name}"), "output_dir": self.path(aligned)})
+                folders = {"input_dir": self.path(f"samples/{name}"), "output_dir": self.path(aligned)}
+                run.script("align.py", folders, self.scripts["align"])
                 if blocks:
                     folders = {"input_dir": self.path(aligned), "output_dir": self.path(f"generated/{name}")}
                     run.script("split_identity_blocks.py", folders)
@@ -236,7 +238,7 @@ class Pipeline:
             return f"a face found in {found[0]} of the two-stage and {found[1]} of the one-stage images"
 
         folders = ["generated", *(f"samples/{name}_aligned" for name in GENERATED)]
-        self.stages.run("align_samples", "Align what was drawn, split the blocks", None, folders, work)
+        self.stages.run("align_samples", "Align what was drawn, split the blocks", self.scripts["align"], folders, work)
 
     def _test(self) -> None:
         def work(run: Commands) -> str:

@@ -138,15 +138,20 @@ class Commands:
         shown = shlex.join(["python", *arguments])
         self.record.commands.append(shown)
         log.info("    %s", shown)
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, check=False)
-        if done.returncode in (130, -2):
+        status = start(arguments, self.threads)
+        if status in (130, -2):
             raise KeyboardInterrupt
-        if done.returncode != 0:
+        if status != 0:
             raise UserError(
-                f"stage {self.record.name!r}: its command ended with status {done.returncode}: {shown} -- once the "
+                f"stage {self.record.name!r}: its command ended with status {status}: {shown} -- once the "
                 "reason above is gone, the same `make demo` goes on from here"
             )
+
+
+def start(arguments: Sequence[str], threads: int) -> int:
+    """Run `python <arguments>` in the project's folder with so many threads; its exit status."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, check=False).returncode
 
 
 def read_stamp(path: Path) -> StageRecord | None:
