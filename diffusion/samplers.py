@@ -25,6 +25,7 @@ from torch import Tensor
 from diffusion.attention_maps import aggregate_cross_maps, map_change
 from diffusion.schedule import NoiseSchedule
 from models.diffusion.attention import AttentionControl
+from models.diffusion.context import PreparedContext
 from models.diffusion.unet import ConditionalUNet
 from utils.config import UserError
 
@@ -251,7 +252,7 @@ def guide(eps_id: Tensor, eps_empty: Tensor, guidance_scale: float) -> Tensor:
     return (1 + guidance_scale) * eps_id - guidance_scale * eps_empty
 
 
-def prepare_with_empty(unet: ConditionalUNet, context: Tensor):
+def prepare_with_empty(unet: ConditionalUNet, context: Tensor) -> PreparedContext:
     """Prepared contexts of B + 1 rows: the empty context, then the B given ones."""
     is_empty = torch.arange(len(context) + 1, device=context.device) == 0
     return unet.prepare_context(torch.cat([context[:1], context]), empty_mask=is_empty)
@@ -365,7 +366,9 @@ def evaluating(unet: ConditionalUNet) -> Iterator[None]:
             module.training = True
 
 
-def _predict(unet: ConditionalUNet, x_t: Tensor, t: int, contexts, control: AttentionControl | None = None) -> Tensor:
+def _predict(
+    unet: ConditionalUNet, x_t: Tensor, t: int, contexts: PreparedContext, control: AttentionControl | None = None
+) -> Tensor:
     timesteps = torch.full((len(x_t),), t, device=x_t.device)
     # under autocast the network returns half precision; the trajectory stays in the precision of x_T
     return unet(x_t, timesteps, contexts, control=control).to(x_t.dtype)

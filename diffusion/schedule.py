@@ -99,7 +99,8 @@ class NoiseSchedule:
             raise UserError(f"betas: shape {betas.shape}; give a list of one beta per timestep")
         if not np.all((betas >= 0) & (betas < 1)):  # also catches nan
             raise UserError(
-                f"betas: from {betas.min():.4g} to {betas.max():.4g} in {len(betas)} timesteps; every beta must be in [0, 1)"
+                f"betas: from {betas.min():.4g} to {betas.max():.4g} in {len(betas)} timesteps; "
+                "every beta must be in [0, 1)"
             )
         self._betas, self._alphas_cumprod = betas, np.cumprod(1 - betas)
         for name, values in {

@@ -19,16 +19,15 @@ GROUPS = 32  # of every GroupNorm in the network
 class AttentionControl:
     """What one forward pass does with its attention maps: injection within the batch, and recording.
 
-    Injection (UIFace, ICLR 2025, section 3.3) needs the maps of a pass with the empty context at the same x_t and t.
+    Attention injection (UIFace, ICLR 2025) needs the maps of a pass with the empty context at the same x_t and t.
     Both branches run in one batch: the first B - F samples are plain, the last F are *followers*, and follower i takes
     the maps of the plain sample `source[i]`. Softmax weights of self-attention are computed once for both; nothing is
     kept between layers.
 
     source: (F,) long, or None for no followers.
     blend_cross: followers also blend the cross-attention map of their source into their own.
-    record: the layers append their maps to `self_maps` and `cross_maps`, in order of execution. A follower's
-    self-attention
-        map is its source's; its cross-attention map is the one used, after blending.
+    record_self, record_cross: the layers append their maps to `self_maps` and `cross_maps`, in order of execution. A
+    follower's self-attention map is its source's; its cross-attention map is the one used, after blending.
     """
 
     source: Tensor | None = None
@@ -46,8 +45,8 @@ class AttentionControl:
 def blend_maps(own: Tensor, source: Tensor) -> Tensor:
     """Give `own` the mean of both maps' means and standard deviations over the keys, per query.
 
-    Both (B, heads, queries, keys). The adaptive instance normalisation of UIFace's cross-attention injection, unbiased
-    std.
+    Both (B, heads, queries, keys). UIFace's cross-attention injection, an adaptive instance normalisation whose target
+    lies half way; the standard deviations are unbiased.
     """
     std, mean = torch.std_mean(own, dim=-1, keepdim=True)
     source_std, source_mean = torch.std_mean(source, dim=-1, keepdim=True)
@@ -55,8 +54,7 @@ def blend_maps(own: Tensor, source: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention over tokens (B, N, C). The 1x1 convolutions are stored as published and applied as linear
-    maps."""
+    """Multi-head attention over tokens (B, N, C), with the projections stored as 1x1 convolutions, as published."""
 
     def __init__(self, channels: int, context_channels: int, heads: int, head_channels: int) -> None:
         super().__init__()
@@ -85,8 +83,7 @@ class Attention(nn.Module):
 
 
 def self_attention(attention: Attention, x: Tensor, control: AttentionControl | None) -> Tensor:
-    """Attention of the tokens x (B, N, C) to themselves; followers use the weights of their source with their own
-    values."""
+    """Attention of the tokens x (B, N, C) to themselves; followers take their source's weights and their own values."""
     if control is None or (control.source is None and not control.record_self):
         return attention.merge(
             F.scaled_dot_product_attention(attention.queries(x), attention.keys(x), attention.values(x))
@@ -144,7 +141,7 @@ class SelfAttentionBlock(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """Self-attention, attention to the identity context's tokens, and a feed-forward net (IDiff-Face, section 3.2)."""
+    """Self-attention, attention to the identity context's tokens, and a feed-forward net (IDiff-Face, ICCV 2023)."""
 
     def __init__(self, channels: int, context_channels: int, heads: int, head_channels: int, layer: int) -> None:
         """`layer`: the number of this block in order of execution, under which the prepared context keeps its keys."""

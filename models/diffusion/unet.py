@@ -24,11 +24,10 @@ from utils.config import UserError
 
 
 class ConditionalUNet(ContextEmbedder):
-    """UNet of IDiff-Face (ICCV 2023) and UIFace (ICLR 2025); parameter names and shapes are those of the published
-    files.
+    """UNet of IDiff-Face (ICCV 2023) and UIFace (ICLR 2025), with the published files' parameter names and shapes.
 
-    The context enters by one of four ways: "CA" identity cross-attention, "AdaGN", "AddPlusGN" or "DiffAE" in the residual
-    blocks (see ResidualBlock). All but the conditional CA network have plain self-attention blocks.
+    The context enters by one of four ways: "CA" identity cross-attention, "AdaGN", "AddPlusGN" or "DiffAE" in the
+    residual blocks (see ResidualBlock). All but the conditional CA network have plain self-attention blocks.
     """
 
     def __init__(
@@ -67,11 +66,15 @@ class ConditionalUNet(ContextEmbedder):
         )
         has_cross_attention = condition_type == "CA" and is_context_conditional
         widths = _level_widths(initial_channels, channel_multipliers, is_attention)
-        _check_settings(
-            condition_type, n_blocks_per_resolution, attention_heads, attention_head_channels, widths, is_attention
-        )
+        if condition_type not in CONDITION_TYPES:
+            raise UserError(f"condition_type: {condition_type!r}; give one of {', '.join(CONDITION_TYPES)}")
+        if n_blocks_per_resolution < 1:
+            raise UserError(f"n_blocks_per_resolution: {n_blocks_per_resolution}; give at least 1")
         if has_cross_attention and context_channels % GROUPS:
             raise UserError(f"context_channels: {context_channels}; give a multiple of {GROUPS} (GroupNorm)")
+        narrower = [initial_channels, *widths]  # the last block on the way up has the width of the level above
+        attended = {widths[-1], *(w for i, a in enumerate(is_attention) if a for w in narrower[i : i + 2])}
+        _check_heads(attention_heads, attention_head_channels, sorted(attended), has_cross_attention)
 
         self.input_channels = input_channels
         self.has_cross_attention = has_cross_attention
@@ -203,7 +206,8 @@ class ConditionalUNet(ContextEmbedder):
 def _level_widths(initial_channels: int, multipliers: Sequence[int], is_attention: Sequence[bool]) -> list[int]:
     if not multipliers or len(multipliers) != len(is_attention):
         raise UserError(
-            f"is_attention: {len(is_attention)} values for {len(multipliers)} channel_multipliers; give one of each a level"
+            f"is_attention: {len(is_attention)} values for {len(multipliers)} channel_multipliers; "
+            "give one of each a level"
         )
     widths, width = [], initial_channels
     for multiplier in multipliers:
@@ -212,35 +216,26 @@ def _level_widths(initial_channels: int, multipliers: Sequence[int], is_attentio
     bad = [width for width in (initial_channels, *widths) if width < GROUPS or width % GROUPS]
     if bad:
         raise UserError(
-            f"initial_channels: {initial_channels} with channel_multipliers {list(multipliers)} gives a width of {bad[0]}; "
-            f"every width must be a multiple of {GROUPS} (GroupNorm)"
+            f"initial_channels: {initial_channels} with channel_multipliers {list(multipliers)} gives a width of "
+            f"{bad[0]}; every width must be a multiple of {GROUPS} (GroupNorm)"
         )
     return widths
 
 
-def _check_settings(
-    condition_type: str,
-    n_blocks: int,
-    heads: int,
-    head_channels: int,
-    widths: Sequence[int],
-    is_attention: Sequence[bool],
-) -> None:
-    if condition_type not in CONDITION_TYPES:
-        raise UserError(f"condition_type: {condition_type!r}; give one of {', '.join(CONDITION_TYPES)}")
-    if n_blocks < 1:
-        raise UserError(f"n_blocks_per_resolution: {n_blocks}; give at least 1")
+def _check_heads(heads: int, head_channels: int, widths: Sequence[int], has_cross_attention: bool) -> None:
+    """`widths`: of the blocks with attention."""
     if head_channels < 1:
         raise UserError(f"attention_head_channels: {head_channels}; give at least 1")
-    if heads != -1 and (heads < 1 or heads * head_channels % GROUPS):
+    if heads != -1 and heads < 1:
+        raise UserError(f"attention_heads: {heads}; give -1 (as many as fit) or at least 1")
+    if heads != -1 and has_cross_attention and heads * head_channels % GROUPS:
         raise UserError(
-            f"attention_heads: {heads} of {head_channels} channels; give -1, or a number whose product with "
-            f"attention_head_channels is a multiple of {GROUPS} (GroupNorm)"
+            f"attention_heads: {heads} of {head_channels} channels have a width of {heads * head_channels}; "
+            f"it must be a multiple of {GROUPS} (GroupNorm)"
         )
-    if heads == -1:
-        for level, width in enumerate(widths):
-            attended = is_attention[level] or level == len(widths) - 1
-            if attended and width % head_channels:
-                raise UserError(
-                    f"attention_head_channels: {head_channels} does not divide the {width} channels of level {level}"
-                )
+    uneven = [width for width in widths if heads == -1 and width % head_channels]
+    if uneven:
+        raise UserError(
+            f"attention_head_channels: {head_channels} does not divide {uneven[0]}, the width of an attention block; "
+            "give a divisor, or set attention_heads"
+        )
