@@ -7,7 +7,13 @@ import torch
 import yaml
 
 from models.autoencoder.modules import Encoder
-from models.autoencoder.quantization import CodebookUsage, VectorQuantizer, kmeans_codebook, nearest_codes, perplexity
+from models.autoencoder.quantization import (
+    VectorQuantizer,
+    kmeans_codebook,
+    nearest_codes,
+    perplexity,
+    revive_dead_codes,
+)
 from models.autoencoder.vqgan import (
     FFHQ256_DDCONFIG,
     VQDecoder,
@@ -108,20 +114,25 @@ def test_kmeans_finds_separate_groups_and_copes_with_few_rows():
     assert few.shape == (16, 2) and len(few.unique(dim=0)) == 16
 
 
-def test_dead_codes_are_found_after_so_many_steps_and_redrawn_from_latents():
-    usage, codebook = CodebookUsage(4), torch.zeros(4, 2)
-    for _ in range(3):
-        usage.update(torch.tensor([5, 0, 1, 0]))
-    usage.update(torch.tensor([0, 0, 1, 2]))
-    assert usage.steps_unused.tolist() == [1, 4, 0, 0]
-    assert usage.dead(3).tolist() == [1]
-    rows = torch.tensor([[7.0, 8.0]])
-    usage.revive(codebook, usage.dead(3), rows, generator=torch.Generator().manual_seed(0))
-    assert codebook.tolist() == [[0, 0], [7, 8], [0, 0], [0, 0]]
-    assert usage.dead(3).numel() == 0
-    other = CodebookUsage(4)
-    other.load_state_dict(usage.state_dict())
-    assert torch.equal(other.steps_unused, usage.steps_unused)
+def test_dead_codes_are_redrawn_from_latents():
+    codebook, average = torch.zeros(4, 2), torch.ones(4, 2)
+    counts, rows = torch.tensor([5, 0, 1, 0]), torch.tensor([[7.0, 8.0]])
+    assert revive_dead_codes(counts, rows, [codebook, average], torch.Generator().manual_seed(0)) == 2
+    assert codebook.tolist() == [[0, 0], [7, 8], [0, 0], [7, 8]]
+    assert average.tolist() == [[1, 1], [7, 8], [1, 1], [7, 8]]
+    assert revive_dead_codes(torch.ones(4), rows, [codebook], torch.Generator()) == 0
+
+
+@torch.no_grad()
+def test_shifting_the_latents_changes_nothing_else():
+    model = fill_deterministic(VQModel(TINY, n_embed=64, embed_dim=3))
+    images, offset = deterministic_tensor("images", (1, 3, 32, 32)), torch.tensor([0.5, -1.0, 2.0])
+    before = model(images)
+    model.shift_latents(offset)
+    after = model(images)
+    assert torch.allclose(after.latents, before.latents + offset.view(1, 3, 1, 1), atol=1e-5)
+    assert torch.equal(after.indices, before.indices)
+    assert relative_error(after.images, before.images) < 1e-4
 
 
 def test_perplexity():
@@ -168,7 +179,7 @@ def test_wrong_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ch": 48}, "48 channels; every width must be a multiple of 32"),
+        ({"ch": 48}, "48 channels; each width must be 16 or a multiple of 32"),
         ({"double_z": True}, "double_z"),
         ({"resolution": 30}, "30 cannot be halved 2 times"),
     ],

@@ -17,10 +17,11 @@ NORM_GROUPS = 32
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups with eps 1e-6, as in the published first stage."""
-    if channels % NORM_GROUPS:
-        raise ValueError(f"ddconfig.ch * ch_mult: {channels} channels; every width must be a multiple of {NORM_GROUPS}")
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+    """GroupNorm of 32 groups with eps 1e-6, as in the published first stage; of 16 where there are 16 channels."""
+    groups = min(NORM_GROUPS, channels)
+    if channels != 16 and channels % NORM_GROUPS:
+        raise ValueError(f"ddconfig.ch * ch_mult: {channels} channels; each width must be 16 or a multiple of 32")
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -85,7 +86,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention where asked for; the owner attaches the resampling."""
+    """Residual blocks of one resolution, with attention after each where asked for; the owner adds the resampling."""
 
     def __init__(self, widths: Sequence[int], attention: bool, dropout: float) -> None:
         super().__init__()

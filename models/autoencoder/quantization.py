@@ -5,6 +5,7 @@ Legend: B batch, D width of a code, H W latent height and width, n rows, K codes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,36 +82,19 @@ def kmeans_codebook(rows: Tensor, n_embed: int, *, generator: torch.Generator, i
     return codes
 
 
-class CodebookUsage:
-    """Counts how long each code has gone unused, and draws dead codes anew from the latents of the batch.
+@torch.no_grad()
+def revive_dead_codes(counts: Tensor, rows: Tensor, codebooks: Sequence[Tensor], generator: torch.Generator) -> int:
+    """Overwrite codes that `counts` (K,) says nobody used with random latents of `rows` (n, D); how many they were.
 
     Codes are lost early, while the encoder still moves, and gradient descent never reaches them again. (Random restarts
-    as in Jukebox, Dhariwal et al., 2020.)
+    as in Jukebox, Dhariwal et al., 2020.) All `codebooks` (K, D) get the same rows, in place: the one in training and
+    its average.
     """
-
-    def __init__(self, n_embed: int, device: torch.device | str = "cpu") -> None:
-        self.steps_unused = torch.zeros(n_embed, dtype=torch.long, device=device)
-
-    def update(self, counts: Tensor) -> None:
-        """Take the `counts` (K,) of one step's use of each code, over all processes."""
-        self.steps_unused = torch.where(counts > 0, 0, self.steps_unused + 1)
-
-    def dead(self, after_steps: int) -> Tensor:
-        """Indices of the codes that no latent has chosen for `after_steps` steps."""
-        return torch.nonzero(self.steps_unused >= after_steps).flatten()
-
-    @torch.no_grad()
-    def revive(self, codebook: Tensor, dead: Tensor, rows: Tensor, *, generator: torch.Generator) -> None:
-        """Overwrite the `dead` codes of `codebook` (K, D) with random rows of `rows` (n, D), in place."""
-        picks = torch.randint(rows.shape[0], (len(dead),), generator=generator)
-        codebook[dead] = rows[picks.to(rows.device)].to(codebook)
-        self.steps_unused[dead] = 0
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"steps_unused": self.steps_unused}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.steps_unused = state["steps_unused"].to(self.steps_unused.device)
+    dead = torch.nonzero(counts == 0).flatten()
+    picks = torch.randint(len(rows), (len(dead),), generator=generator).to(rows.device)
+    for codebook in codebooks:
+        codebook[dead] = rows[picks].to(codebook)
+    return len(dead)
 
 
 def perplexity(counts: Tensor) -> float:

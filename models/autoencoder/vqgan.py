@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from models.autoencoder.modules import Decoder, Encoder
@@ -42,7 +43,7 @@ _DECODER_PARTS = ("decoder.", "quantize.", "post_quant_conv.")
 
 
 class VQEncoder(nn.Module):
-    """Images to latents before quantisation; times `latent_scale` their standard deviation is 1 (1.0: left as it is)."""
+    """Images to latents before quantisation; times `latent_scale` their deviation is 1 (1.0: as they are)."""
 
     def __init__(self, ddconfig: Mapping[str, Any] = FFHQ256_DDCONFIG, embed_dim: int = FFHQ256_EMBED_DIM) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class Reconstruction(NamedTuple):
 
     images: Tensor  # (B, 3, H, W), about [-1, 1]
     latents: Tensor  # (B, embed_dim, H/f, W/f) before quantisation
-    indices: Tensor  # (B * H/f * W/f,) long, codes in use
+    indices: Tensor | None  # (B * H/f * W/f,) long, the codes in use; None where nothing is quantised
     quantizer_loss: Tensor  # ()
 
 
@@ -102,12 +103,27 @@ class VQModel(nn.Module):
         """images (B, 3, H, W) in [-1, 1] -> latents (B, embed_dim, H/f, W/f) before quantisation."""
         return self.quant_conv(self.encoder(images))
 
-    def forward(self, images: Tensor) -> Reconstruction:
-        """images (B, 3, H, W) in [-1, 1] through encoder, codebook and decoder."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents (B, embed_dim, H/f, W/f), as they are -> images (B, 3, H, W)."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    @torch.no_grad()
+    def shift_latents(self, offset: Tensor) -> None:
+        """Add `offset` (embed_dim,) to all latents and codes and take it off before the decoder: the same autoencoder.
+
+        With minus the mean of the latents they are centred, as diffusion starts from noise of mean 0.
+        """
+        self.quant_conv.bias += offset
+        self.quantize.embedding.weight += offset
+        self.post_quant_conv.bias -= self.post_quant_conv.weight.flatten(1) @ offset
+
+    def forward(self, images: Tensor, quantize: bool = True) -> Reconstruction:
+        """images (B, 3, H, W) in [-1, 1] through encoder, codebook (unless `quantize` is false) and decoder."""
         latents = self.encode(images)  # (B, embed_dim, H/f, W/f)
+        if not quantize:
+            return Reconstruction(self.decode(latents), latents, None, latents.new_zeros((), dtype=torch.float32))
         quantized = self.quantize(latents)
-        reconstructed = self.decoder(self.post_quant_conv(quantized.latents))  # (B, 3, H, W)
-        return Reconstruction(reconstructed, latents, quantized.indices, quantized.loss)
+        return Reconstruction(self.decode(quantized.latents), latents, quantized.indices, quantized.loss)
 
 
 def save_autoencoder(model: VQModel, output_dir: str | Path, latent_scale: float) -> tuple[Path, Path]:

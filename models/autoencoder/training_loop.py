@@ -1,0 +1,424 @@
+"""The autoencoder's training loop: L1 + quantiser + adversarial loss of a patch discriminator (VQGAN, CVPR 2021).
+
+Everything random is drawn from (seed, step), and gradients are averaged over processes before they are used. So a run
+that was stopped and resumed ends with the same weights as one that was not, and two processes compute what one does
+with twice the batch. A limit in minutes gives that up for an end that can be foretold.
+
+Legend: B batch, C channels, H W height and width, K codes, n rows of latents.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffusion.training_loop import MetricsFile
+from models.autoencoder.data import DatasetSettings, Images, split_images, training_batches
+from models.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss
+from models.autoencoder.modules import features_to_rows
+from models.autoencoder.quantization import kmeans_codebook, perplexity, revive_dead_codes
+from models.autoencoder.vqgan import DECODER_FILE, ENCODER_FILE, VQModel, save_autoencoder
+from utils import distributed
+from utils.checkpoint import CheckpointFolder, strict_load, write_json
+from utils.config import UserError
+from utils.data.step_sampler import StepSampler
+from utils.ema import EMA
+from utils.images import grid, to_float, to_uint8, write_image
+from utils.logging import ScalarLogger, get_logger
+from utils.precision import autocast, check_precision
+
+log = get_logger(__name__)
+
+METRICS_FILE = "metrics.json"
+PREVIEW_IMAGES = 16
+VALIDATION_IMAGES = 1024  # at most, in each report
+LATENT_IMAGES = 4096  # at most, to measure the deviation of the latents
+ROWS_PER_CODE = 16  # latents that the first codebook is fitted to, for each code
+
+
+@dataclass
+class TrainingSettings:
+    """The section `training` of train_autoencoder_config.yaml, but for its config groups optimizer and ema."""
+
+    steps: int
+    max_minutes: float | None  # stop after so many minutes of training, all runs on this folder together
+    batch_size: int  # images a process
+    num_workers: int  # processes that decode images which are not in memory, a process
+    seed: int
+    precision: str  # fp32, bf16 or fp16 (autocast; weights stay fp32)
+    device: str
+    channels_last: bool
+    lr_schedule: str  # cosine (to 0) or constant, in the share of steps or minutes that is done
+    warmup_steps: int
+    gradient_clip: float | None  # largest norm of the autoencoder's gradient
+    codebook_weight: float
+    quantization_start: int  # until this step the latents pass unquantised; then k-means places the codes
+    revive_codes_every: int | None  # after so many steps, codes unused since the last time are drawn anew
+    discriminator_start: int | None  # step; null: no discriminator
+    discriminator_weight: float
+    discriminator_channels: int
+    discriminator_layers: int
+    steps_between_logging: int
+    steps_between_previews: int
+    steps_between_checkpoints: int
+
+
+def train(
+    autoencoder: dict[str, Any],
+    dataset: DatasetSettings,
+    make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+    make_ema: Callable[[nn.Module], EMA],
+    cfg: TrainingSettings,
+    output_dir: Path,
+    config: dict[str, Any],
+) -> dict[str, float]:
+    """Train the VQ autoencoder that `autoencoder` describes (the arguments of VQModel) and write its two halves.
+
+    `config` is the whole configuration, kept in every checkpoint. Goes on from the newest checkpoint in `output_dir`;
+    a finished run is left as it is. Returns the reconstruction error on the held-out images. Raises UserError for
+    settings that do not fit together, before any image is read.
+    """
+    _check(cfg, dataset, autoencoder)
+    device = distributed.device(cfg.device)
+
+    # Networks, optimisers, average
+    torch.manual_seed(distributed.seed_for(cfg.seed, "weights"))
+    try:
+        model = VQModel(**autoencoder)
+    except ValueError as error:
+        raise UserError(f"autoencoder.{error}") from error
+    discriminator = PatchDiscriminator(cfg.discriminator_channels, cfg.discriminator_layers)
+    memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    model, discriminator = (net.to(device, memory_format=memory_format) for net in (model, discriminator))
+    optimizer, optimizer_d = make_optimizer(model.parameters()), make_optimizer(discriminator.parameters())
+    learning_rates = [group["lr"] for group in optimizer.param_groups]
+    ema = make_ema(model)
+    scaler, scaler_d = (torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16") for _ in range(2))
+    counts = torch.zeros(model.n_embed, device=device)  # use of each code since the last revival
+
+    # Resume
+    folder = CheckpointFolder(output_dir / "checkpoints")
+    state = folder.load_latest()
+    first_step, minutes_before = 0, 0.0
+    if state is not None:
+        _check_same_run(state, config, output_dir)
+        first_step, minutes_before = state["step"], state["minutes"]
+        strict_load(model, state["model"], "checkpoint")
+        strict_load(discriminator, state["discriminator"], "checkpoint")
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        optimizer_d.load_state_dict(state["optimizer_discriminator"])
+        scaler.load_state_dict(state["scaler"])
+        scaler_d.load_state_dict(state["scaler_discriminator"])
+        counts = state["codebook_counts"].to(device)
+    share_done = _share_done(cfg, first_step, minutes_before)
+    if share_done >= 1.0 and all((output_dir / name).is_file() for name in (ENCODER_FILE, DECODER_FILE, METRICS_FILE)):
+        log.info("this run is finished (%d steps): %s and %s in %s", first_step, ENCODER_FILE, DECODER_FILE, output_dir)
+        return json.loads((output_dir / METRICS_FILE).read_text())
+    if state is not None:
+        log.info("going on from step %d", first_step)
+
+    # Data
+    training_names, validation_names = split_images(dataset, cfg.seed)
+    images = Images(dataset.samples_root, training_names, dataset.image_size, dataset.cache_in_memory)
+    held_out = Images(dataset.samples_root, validation_names[:VALIDATION_IMAGES], dataset.image_size, cache=True)
+    sampler = StepSampler(len(images), cfg.batch_size, cfg.seed, cfg.steps, first_step, dataset.horizontal_flip)
+    preview_pixels = (held_out if len(held_out) else images).read(list(range(PREVIEW_IMAGES))[: len(held_out) or 1])
+
+    # Train
+    scalars, metrics_file = ScalarLogger(output_dir), MetricsFile(output_dir / "metrics.jsonl", first_step)
+    log.info("%.2f M parameters, %s on %s", sum(p.numel() for p in model.parameters()) / 1e6, cfg.precision, device)
+    window = _Window(model.n_embed, device)
+    began = time.perf_counter()
+    progress = tqdm(total=cfg.steps, initial=first_step, unit="step", disable=not distributed.is_main())
+    step = first_step
+    batches = iter(training_batches(images, sampler, cfg.num_workers, device))
+    while share_done < 1.0:
+        torch.manual_seed(distributed.seed_for(cfg.seed, "step", step, distributed.rank()))  # for dropout
+        lr_factor = _lr_factor(cfg, step, share_done)
+        for opt in (optimizer, optimizer_d):
+            for group, lr in zip(opt.param_groups, learning_rates, strict=True):
+                group["lr"] = lr * lr_factor
+        pixels = next(batches).to(device, non_blocking=True)  # uint8 (B, H, W, 3)
+        real = to_float(pixels).to(memory_format=memory_format)  # pixels => float32 in [-1, 1], (B, 3, H, W)
+        if step == cfg.quantization_start:
+            _place_codes(model, ema, images, cfg, device)
+
+        # Autoencoder: L1 + quantiser + adversarial loss
+        with autocast(device, cfg.precision):
+            output = model(real, quantize=step >= cfg.quantization_start)
+        reconstruction_loss = (output.images.float() - real).abs().mean()
+        loss = reconstruction_loss + cfg.codebook_weight * output.quantizer_loss
+        adversarial = cfg.discriminator_start is not None and step >= cfg.discriminator_start
+        if adversarial:
+            discriminator.requires_grad_(False)
+            with autocast(device, cfg.precision):
+                generator_loss = -discriminator(output.images).float().mean()
+            last_layer = model.decoder.conv_out.weight
+            weight = adaptive_weight(reconstruction_loss, generator_loss, last_layer, scaler.get_scale())
+            loss = loss + cfg.discriminator_weight * weight * generator_loss
+        _update(model, loss, optimizer, scaler, cfg.gradient_clip)
+        ema.update(model)
+
+        # Discriminator: hinge loss on the same images
+        if adversarial:
+            discriminator.requires_grad_(True)
+            with autocast(device, cfg.precision):
+                logits_real, logits_fake = discriminator(torch.cat([real, output.images.detach()])).float().chunk(2)
+            discriminator_loss = hinge_discriminator_loss(logits_real, logits_fake)
+            _update(discriminator, discriminator_loss, optimizer_d, scaler_d, None)
+            window.add(discriminator=discriminator_loss, generator=generator_loss, adversarial_weight=weight)
+
+        # Codebook
+        if step >= cfg.quantization_start:
+            used = torch.bincount(output.indices, minlength=model.n_embed).float()
+            used = distributed.all_reduce_mean(used) * distributed.world_size()
+            counts += used
+            window.counts += used
+            if cfg.revive_codes_every is not None and (step + 1) % cfg.revive_codes_every == 0:
+                window.revived += _revive(model, ema, counts, output.latents, cfg.seed, step)
+                counts.zero_()
+        window.add(l1=reconstruction_loss, quantizer=output.quantizer_loss)
+        step += 1
+        progress.update()
+        minutes = minutes_before + _agreed((time.perf_counter() - began) / 60, device)
+        share_done = _share_done(cfg, step, minutes)
+        finished = share_done >= 1.0
+
+        # Log
+        if step % cfg.steps_between_logging == 0 or finished:
+            values = {**window.means(), "lr": optimizer.param_groups[0]["lr"], "minutes": minutes}
+            if not math.isfinite(values["l1"]):
+                raise UserError(
+                    f"training: the loss is {values['l1']} at step {step}; try a smaller training.optimizer.lr, "
+                    "training.gradient_clip=1 or training.precision=fp32; the last checkpoint is kept"
+                )
+            scalars.scalars({f"train/{name}": value for name, value in values.items()}, step)
+            metrics_file.append({"step": step, **values})
+            progress.set_postfix(l1=f"{values['l1']:.4f}", codes=f"{values.get('perplexity', 0):.0f}", refresh=False)
+            window = _Window(model.n_embed, device)
+
+        # Look
+        if step % cfg.steps_between_previews == 0 or finished:
+            measured = evaluate(ema.model, held_out, cfg.batch_size, device)
+            scalars.scalars({f"validation/{name}": value for name, value in measured.items()}, step)
+            log.info("step %d, %.1f minutes: %s", step, minutes, _in_words(measured))
+            if distributed.is_main():
+                preview = draw_preview(ema.model, preview_pixels, device)
+                write_image(output_dir / "previews" / f"step_{step:08d}.png", preview)
+                scalars.image("preview", preview, step)
+
+        # Save
+        if step % cfg.steps_between_checkpoints == 0 or finished:
+            if distributed.is_main():
+                state = {
+                    "kind": "autoencoder",
+                    "minutes": minutes,
+                    "model": model.state_dict(),
+                    "discriminator": discriminator.state_dict(),
+                    "ema": ema.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "optimizer_discriminator": optimizer_d.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "scaler_discriminator": scaler_d.state_dict(),
+                    "codebook_counts": counts,
+                    "config": config,
+                }
+                folder.save(step, state)
+            distributed.barrier()
+    progress.close()
+
+    # Result: the averaged weights, with latents centred and their deviation measured
+    result = ema.model
+    mean, std = measure_latents(result, images, cfg.batch_size, device)
+    result.shift_latents(-mean)
+    measured = evaluate(result, held_out, cfg.batch_size, device)
+    metrics = {"steps": step, "images": len(images), "latent_std": std, "latent_scale": 1.0 / std, **measured}
+    if distributed.is_main():
+        save_autoencoder(result, output_dir, latent_scale=1.0 / std)
+        write_json(output_dir / METRICS_FILE, metrics)
+    distributed.barrier()
+    log.info("wrote %s and %s to %s; %s", ENCODER_FILE, DECODER_FILE, output_dir, _in_words(metrics))
+    scalars.close()
+    return metrics
+
+
+def _check(cfg: TrainingSettings, dataset: DatasetSettings, autoencoder: dict[str, Any]) -> None:
+    """Settings that cannot work, before anything is built."""
+    check_precision(cfg.precision)
+    if cfg.lr_schedule not in ("cosine", "constant"):
+        raise UserError(f"training.lr_schedule: {cfg.lr_schedule!r} is not one of cosine, constant")
+    for name in ("steps", "batch_size", "steps_between_logging", "steps_between_previews", "steps_between_checkpoints"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"training.{name}: {getattr(cfg, name)}; it must be at least 1")
+    if cfg.quantization_start >= cfg.steps:
+        raise UserError(f"training.quantization_start: {cfg.quantization_start} is not below training.steps")
+    factor = 2 ** (len(autoencoder["ddconfig"]["ch_mult"]) - 1)
+    if dataset.image_size % factor or dataset.image_size < factor:
+        raise UserError(
+            f"dataset.image_size: {dataset.image_size} is not a multiple of {factor}, as the autoencoder needs"
+        )
+
+
+def _check_same_run(state: dict[str, Any], config: dict[str, Any], output_dir: Path) -> None:
+    """UserError when the checkpoint in `output_dir` belongs to another autoencoder or image size."""
+    if state.get("kind") != "autoencoder":
+        raise UserError(
+            f"output_dir: {output_dir} holds a run of another kind ({state.get('kind')}); give another folder"
+        )
+    there = {**state["config"]["autoencoder"], "image_size": state["config"]["dataset"]["image_size"]}
+    here = {**config["autoencoder"], "image_size": config["dataset"]["image_size"]}
+    for name in here:
+        if there.get(name) != here[name]:
+            raise UserError(
+                f"output_dir: {output_dir} holds a run with another {name} ({there.get(name)}, now {here[name]}); "
+                "give another folder or the same setting"
+            )
+
+
+def _share_done(cfg: TrainingSettings, step: int, minutes: float) -> float:
+    """How much of the run is over, 1 at its end: by steps, or by minutes where these run out first."""
+    by_time = 0.0 if cfg.max_minutes is None else minutes / cfg.max_minutes
+    return max(step / cfg.steps, by_time)
+
+
+def _agreed(value: float, device: torch.device) -> float:
+    """The mean of `value` over processes, so that all of them stop at the same step."""
+    return distributed.all_reduce_mean(torch.tensor(value, dtype=torch.float64, device=device)).item()
+
+
+def _lr_factor(cfg: TrainingSettings, step: int, share_done: float) -> float:
+    """What the learning rate is multiplied by: a linear rise, then constant or a half cosine to 0."""
+    warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
+    return warmup * (0.5 * (1.0 + math.cos(math.pi * share_done)) if cfg.lr_schedule == "cosine" else 1.0)
+
+
+def _update(
+    network: nn.Module,
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    clip: float | None,
+) -> None:
+    """One optimiser step on the mean over processes of the gradient of `loss`."""
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    # Averaged here and not by DistributedDataParallel: two networks take turns in one step, and parts of them rest
+    # (the codebook before quantisation starts, the discriminator in the autoencoder's turn).
+    if distributed.world_size() > 1:
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        mean = distributed.all_reduce_mean(torch.cat([g.flatten() for g in gradients]))
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view(gradient.shape))
+    if clip is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@torch.no_grad()
+def _place_codes(model: VQModel, ema: EMA, images: Images, cfg: TrainingSettings, device: torch.device) -> None:
+    """Fit the codebook by k-means to the latents of some training images; the same on every rank."""
+    rng = np.random.default_rng(distributed.seed_for(cfg.seed, "codebook"))
+    order = rng.permutation(len(images))
+    rows: list[Tensor] = []
+    for start in range(0, len(order), cfg.batch_size):
+        pixels = images.read(order[start : start + cfg.batch_size].tolist()).to(device)
+        rows.append(features_to_rows(model.encode(to_float(pixels))))  # (B * h * w, D)
+        if sum(map(len, rows)) >= ROWS_PER_CODE * model.n_embed:
+            break
+    generator = torch.Generator().manual_seed(distributed.seed_for(cfg.seed, "codebook"))
+    codes = kmeans_codebook(torch.cat(rows), model.n_embed, generator=generator)
+    codes = distributed.broadcast_object(codes.cpu()).to(device)
+    for codebook in (model.quantize.embedding.weight, ema.model.quantize.embedding.weight):
+        codebook.copy_(codes)
+
+
+def _revive(model: VQModel, ema: EMA, counts: Tensor, latents: Tensor, seed: int, step: int) -> int:
+    """Draw the codes without `counts` anew from this step's latents (B, D, h, w) of all ranks; how many they were."""
+    rows = torch.cat(distributed.all_gather_objects(features_to_rows(latents.detach().float()).cpu()))
+    generator = torch.Generator().manual_seed(distributed.seed_for(seed, "revive", step))
+    codebooks = [net.quantize.embedding.weight for net in (model, ema.model)]
+    return revive_dead_codes(counts, rows.to(counts.device), codebooks, generator)
+
+
+class _Window:
+    """What is averaged from one logged step to the next."""
+
+    def __init__(self, n_embed: int, device: torch.device) -> None:
+        self.values: dict[str, list[Tensor]] = {}
+        self.counts = torch.zeros(n_embed, device=device)
+        self.revived = 0
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach())
+
+    def means(self) -> dict[str, float]:
+        """Means over steps and processes; of the codebook: the share of codes in use, perplexity, codes revived."""
+        means = {name: distributed.all_reduce_mean(torch.stack(v).mean()).item() for name, v in self.values.items()}
+        if self.counts.sum() > 0:
+            means["codes_used"] = (self.counts > 0).float().mean().item()
+            means["perplexity"] = perplexity(self.counts)
+            means["codes_revived"] = float(self.revived)
+        return means
+
+
+@torch.no_grad()
+def evaluate(model: VQModel, images: Images, batch_size: int, device: torch.device) -> dict[str, float]:
+    """Reconstruction of `images`, shared out over the processes; {} where there are none.
+
+    `l1`: mean absolute error of the quantised reconstruction, clamped to [-1, 1], in that unit; `l1_unquantized`: the
+    same past the codebook; `psnr`: mean over images, in dB.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    mine = distributed.share(range(len(images)))
+    for start in range(0, len(mine), batch_size):
+        real = to_float(images.read(list(mine[start : start + batch_size])).to(device))  # (B, 3, H, W)
+        latents = model.encode(real)
+        error = model.decode(model.quantize(latents).latents).clamp(-1, 1) - real
+        error_unquantized = model.decode(latents).clamp(-1, 1) - real
+        psnr = 10 * torch.log10(4 / error.square().mean(dim=(1, 2, 3)).clamp(min=1e-10))  # 4: range 2, squared
+        of_images = (error.abs().mean(dim=(1, 2, 3)), error_unquantized.abs().mean(dim=(1, 2, 3)), psnr)
+        sums += torch.stack([*(value.double().sum() for value in of_images), sums.new_tensor(len(real))])
+    l1, l1_unquantized, psnr, n = (distributed.all_reduce_mean(sums) * distributed.world_size()).tolist()
+    return {"l1": l1 / n, "l1_unquantized": l1_unquantized / n, "psnr": psnr / n} if n else {}
+
+
+@torch.no_grad()
+def measure_latents(model: VQModel, images: Images, batch_size: int, device: torch.device) -> tuple[Tensor, float]:
+    """Mean (D,) of the latents of training images, per channel, and their standard deviation about it, over all."""
+    indices = np.linspace(0, len(images) - 1, min(len(images), LATENT_IMAGES)).astype(int)
+    mine = distributed.share(indices.tolist())
+    moments = torch.zeros(2, model.embed_dim, dtype=torch.float64, device=device)
+    n = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, len(mine), batch_size):
+        real = to_float(images.read(mine[start : start + batch_size]).to(device))
+        rows = features_to_rows(model.encode(real)).double()
+        moments += torch.stack([rows.sum(dim=0), rows.square().sum(dim=0)])
+        n += len(rows)
+    mean, square = distributed.all_reduce_mean(moments) / distributed.all_reduce_mean(n)
+    return mean.float(), (square - mean.square()).mean().sqrt().item()
+
+
+@torch.no_grad()
+def draw_preview(model: VQModel, pixels: Tensor, device: torch.device) -> np.ndarray:
+    """Images uint8 (n, H, W, 3), each beside its reconstruction, four pairs a row: one uint8 picture."""
+    reconstructed = to_uint8(model(to_float(pixels.to(device))).images)
+    pairs = np.stack([pixels.numpy(), reconstructed], axis=1).reshape(-1, *pixels.shape[1:])
+    return grid(pairs, columns=8)
+
+
+def _in_words(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items()) or "no images are held out"
