@@ -92,10 +92,10 @@ def render_dataset(
     strength: float = 1.0,
     suffix: str = "png",
 ) -> int:
-    """Renders people `first_identity` ... `first_identity + n_identities - 1`, `images_per_identity` photographs each, under `output_dir`.
+    """Renders people `first_identity` ... `first_identity + n_identities - 1`, `images_per_identity` photographs each.
 
-    Any image depends on (seed, identity, image) alone. Images that are there already, with their line in the ground truth, are kept: the same
-    command resumes. Returns the number of images rendered now.
+    Any image depends on (seed, identity, image) alone. Images that are there already, with their line in the ground
+    truth, are kept: the same command resumes. Returns the number of images rendered now.
 
     Args:
         size: pixels along a side.
@@ -128,7 +128,8 @@ def render_dataset(
         for key, value in (("size", size), ("seed", seed), ("strength", strength)):
             if record[key] != value:
                 raise UserError(
-                    f"output_dir: {output_dir} holds faces of {key} {record[key]}, not {value}; another or an empty folder would be right"
+                    f"output_dir: {output_dir} holds faces of {key} {record[key]}, not {value}; "
+                    "another or an empty folder would be right"
                 )
 
     jobs = []

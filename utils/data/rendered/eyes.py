@@ -1,7 +1,7 @@
 """Eyes and brows of one person: what rests is made once, lids, gaze and brows anew for each photograph.
 
-Each eye works on a small box of the head's grid. In it u runs from the inner corner (-1) to the outer (1) and v upwards in the
-same unit (half the width of the eye). All arrays are (r, c), colours (3, r, c) linear RGB.
+Each eye works on a small box of the head's grid. In it u runs from the inner corner (-1) to the outer (1) and v upwards
+in the same unit (half the width of the eye). All arrays are (r, c), colours (3, r, c) linear RGB.
 """
 
 import numpy as np

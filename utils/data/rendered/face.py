@@ -1,6 +1,7 @@
-"""The face itself: skin painted once a person, eyes, brows and mouth shaped and painted anew for each expression.
+"""The face itself: skin painted once a person; eyes, brows and mouth anew for each expression.
 
-Features live in the plane (x0, y) of the head grid; see `geometry.HeadGrid`. Albedo is linear RGB. (R, C) are the rows and columns of the grid.
+Features live in the plane (x0, y) of the head grid; see `geometry.HeadGrid`. Albedo is linear RGB. (R, C) are the rows
+and columns of the grid.
 """
 
 import numpy as np
@@ -96,7 +97,7 @@ class Face:
         # Nostrils, seen from the front and from below
         base = nose_base(i)
         hole_x, hole_y = (ax - F(0.068 * i.nose_width)) / F(0.034), (y - F(base + 0.012)) / F(0.017 + 0.008 * i.nostril)
-        albedo *= 1 - F(0.8) * np.clip(F(1.3) * np.exp(-(hole_x**2) - (hole_y - F(0.35) * hole_x) ** 2), 0, 1) * g.face
+        albedo *= 1 - F(0.7) * np.clip(F(1.25) * np.exp(-(hole_x**2) - (hole_y - F(0.35) * hole_x) ** 2), 0, 1) * g.face
         alar_x, alar_y = (ax - F(0.125 * i.nose_width + 0.062)) / F(0.02), (y - F(base + 0.05)) / F(0.05)
         albedo *= 1 - F(0.2) * np.exp(-(alar_x**2) - alar_y**2) * g.face
         # Folds darken with age, on top of what the relief does

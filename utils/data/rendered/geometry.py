@@ -1,10 +1,13 @@
-"""Head, hair, ears, neck, shoulders and glasses as clouds of surface points.
+"""Head, ears and glasses as clouds of surface points.
 
-Every surface is a grid of points in head units (see `identity`), dense enough that neighbouring points fall on neighbouring pixels; `render`
-projects the points and keeps the nearest at each pixel. Legend: R rows (crown to chin), C columns (around the head), N points.
+Every surface is a grid of points in head units (see `identity`), dense enough that neighbouring points fall on
+neighbouring samples of the image; `render` projects them and keeps the nearest at each sample.
+
+Legend: R rows (crown to chin), C columns (around the head), N points.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -12,7 +15,8 @@ from utils.data.rendered.identity import Identity
 
 F = np.float32
 
-# The average head, crown to the underside of the chin: height, half-width, front, back and centre (z) of the horizontal sections
+# The average head from the crown to the underside of the chin.
+# Horizontal sections: height, half-width, and z of their front, back and centre
 _SECTIONS = np.array(
     [
         (1.300, 0.00, -0.10, -0.10, -0.10),
@@ -85,12 +89,12 @@ def noise(rng: np.random.Generator, rows: int, columns: int, n_rows: int, n_colu
     return out / (out.std() + F(1e-6))
 
 
+@lru_cache(maxsize=64)
 def _interpolation(n: int, n_knots: int) -> np.ndarray:
-    """(n, n_knots) weights of smooth interpolation between evenly spaced knots."""
+    """(n, n_knots) weights of a cubic B-spline between evenly spaced knots."""
     position = np.linspace(0, n_knots - 1, n)
-    distance = np.abs(position[:, None] - np.arange(n_knots)[None])
-    weight = np.clip(1 - distance, 0, 1)
-    return (weight * weight * (3 - 2 * weight)).astype(F)
+    d = np.minimum(np.abs(position[:, None] - np.arange(n_knots)[None]), 2)
+    return np.where(d < 1, 2 / 3 - d**2 + d**3 / 2, (2 - d) ** 3 / 6).astype(F)
 
 
 def by_density(low: float, high: float, n: int, centre: float, half_width: float, gain: float) -> np.ndarray:
@@ -102,7 +106,7 @@ def by_density(low: float, high: float, n: int, centre: float, half_width: float
 
 
 def grid_normals(points: np.ndarray) -> np.ndarray:
-    """Unit normals of a (3, R, C) grid by central differences; they point outwards when rows run down and columns to the right."""
+    """Unit normals of a (3, R, C) grid by central differences; outwards when rows run down and columns to the right."""
     down, right = np.empty_like(points), np.empty_like(points)
     down[:, 1:-1] = points[:, 2:] - points[:, :-2]
     down[:, 0], down[:, -1] = points[:, 1] - points[:, 0], points[:, -1] - points[:, -2]
@@ -160,8 +164,9 @@ def head_profile(identity: Identity, n: int = 400) -> Profile:
 
 
 def radius(width, front, back, centre, phi: np.ndarray, squareness: float) -> np.ndarray:
-    """Distance of the surface from the section's centre in direction phi (0 is forwards): a superellipse, another exponent in front than behind.
+    """Distance of the surface from the section's centre in direction phi (0 is forwards).
 
+    A superellipse, with another exponent in front than behind.
     Sections (R, 1) and phi (1, C), or the same shapes, => (R, C).
     """
     sine, cosine = np.abs(np.sin(phi)) + F(1e-6), np.cos(phi)
@@ -173,7 +178,7 @@ def radius(width, front, back, centre, phi: np.ndarray, squareness: float) -> np
 
 
 class HeadGrid:
-    """The grid of one head: base points and the coordinates (x0, y0) on the face in which features are placed and painted. All (R, C)."""
+    """The grid of one head: base points, and coordinates (x0, y0) in which features are placed; all (R, C)."""
 
     def __init__(self, identity: Identity, size: int):
         k = size / 128
@@ -187,7 +192,7 @@ class HeadGrid:
         self.sin, self.cos = np.sin(self.phi), np.cos(self.phi)
         self.x0 = self.r * self.sin
         self.y0 = np.broadcast_to(self.y, self.r.shape)
-        # Features belong to the front; the underside of the chin has the same x, y as the chin and must not receive them
+        # Features belong to the front: the underside of the chin has the same x, y as the chin and must not have them
         self.face = smoothstep(0.0, 0.25, self.cos) * smoothstep(0.6, 0.78, self.front)
         self.shape = self.r.shape
 
@@ -258,11 +263,11 @@ def nose_displacement(i: Identity, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     ridge += F(0.035 * i.nose_hump) * bump(u, 0.45, 0.16) + F(0.02 * i.nose_tip) * bump(u, 1, 0.12)
     below = F(0.5) * (tip - y + np.sqrt((tip - y) ** 2 + F(0.0016))) / F(0.064 + 0.012 * i.nose_turn)
     end = np.exp(-(below ** F(2.2)))
-    width = F(0.062) + F(0.014 * (i.nose_bridge - 1)) * (1 - u) + F(0.048 * i.nose_tip) * u * u
+    width = F(0.062) + F(0.014 * (i.nose_bridge - 1)) * (1 - u) + F(0.026 * i.nose_tip) * u * u
     width = width * (1 - F(0.28) * np.minimum(below, 1.5))
     body = ridge * end * np.exp(-((ax / (F(1.4) * width)) ** F(2.2)))
     wing_x, wing_y = F(0.125 * i.nose_width), F(base + 0.055)
-    wings = F(0.15) * np.exp(-(((ax - wing_x) / F(0.062)) ** 2) - ((y - wing_y) / F(0.068)) ** 2)
+    wings = F(0.145) * np.exp(-(((ax - wing_x) / F(0.07)) ** 2) - ((y - wing_y) / F(0.075)) ** 2)
     return np.sqrt(np.sqrt(body**4 + wings**4))
 
 
@@ -294,6 +299,9 @@ def ear(i: Identity, g: HeadGrid, side: int, size: int) -> tuple[np.ndarray, np.
 
 def tube(path: np.ndarray, thickness: float, n_around: int = 6) -> tuple[np.ndarray, np.ndarray]:
     """A tube along `path` (3, n) => points and normals, both (3, n * n_around)."""
+    travelled = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(path), axis=0))])
+    even = np.linspace(0, travelled[-1], path.shape[1])
+    path = np.stack([np.interp(even, travelled, axis) for axis in path])
     forward = np.gradient(path, axis=1)
     forward /= np.linalg.norm(forward, axis=0) + 1e-9
     side = np.cross(forward.T, np.array([0.13, 0.21, 0.97])).T
@@ -306,7 +314,7 @@ def tube(path: np.ndarray, thickness: float, n_around: int = 6) -> tuple[np.ndar
 
 
 def glasses(i: Identity, front: float, temple: float, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frames that rest on the nose at depth `front` and reach the ears at half-width `temple`: points and normals, (3, N)."""
+    """Frames on the nose at depth `front`, reaching the ears at half-width `temple`: points and normals, (3, N)."""
     k = size / 128
     angle = np.linspace(0, 2 * np.pi, int(170 * k))
     square = i.glasses == "square"

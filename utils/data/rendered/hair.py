@@ -114,17 +114,19 @@ def hair_surfaces(i: Identity, g: HeadGrid, size: int) -> list[Surface]:
     height = smoothstep(0.2, 1.0, y)
     volume = F(i.hair_volume)
     thickness = (style.side + (style.top - style.side) * height) * volume
-    away = smoothstep(0.1, 0.5, rows.astype(F))[:, None]  # all columns meet at the crown, so nothing may depend on them there
+    away = smoothstep(0.1, 0.5, rows.astype(F))[
+        :, None
+    ]  # all columns meet at the crown, so nothing may depend on them there
     part = away * bump(phi, i.hair_part, 0.10) * smoothstep(0.35, 0.9, y) * (phi * np.sign(i.hair_part) > -0.6)
     if i.hair_style in ("side_part", "bob", "long", "wavy", "quiff"):
         side = np.tanh((phi - F(i.hair_part)) * F(-4 * np.sign(i.hair_part)))
         thickness = thickness * (1 + 0.22 * side * away * height * smoothstep(2.2, 1.2, aphi)) - 0.05 * part
     thickness = thickness + style.lift * volume * bump(phi, 0, 0.6) * bump(y, top + 0.1, 0.2)
-    root = F(0.35) if style.fringe is None else F(0.75)
+    root = F(0.12) if style.fringe is None else F(0.75)
     if not hanging:
         thickness = thickness * (root + (1 - root) * np.sqrt(above))
     else:
-        thickness = thickness * np.where(aphi < style.opening, F(0.3) + F(0.7) * np.sqrt(above), 1)
+        thickness = thickness * np.where(aphi < style.opening, F(0.12) + F(0.88) * np.sqrt(above), 1)
         thickness = thickness + style.flare * smoothstep(-0.2, end, y)
 
     # Strands: streaks along the rows, sheared by the sweep; locks for curls
@@ -149,7 +151,7 @@ def hair_surfaces(i: Identity, g: HeadGrid, size: int) -> list[Surface]:
         locks = noise(rng, n_rows, n_columns, max(int(n_locks * length[-1] / 5.5), 4), n_locks)
         locks = np.tanh(locks)
         thickness = thickness + style.curl * volume * locks * away * np.clip(above * 3, 0.2, 1)
-    thickness = thickness + 0.006 * np.clip(streaks, -2, 2)
+    thickness = thickness + 0.003 * np.clip(streaks, -2, 2)
 
     # Offset along the normal of the section profile, so that the crown rises and the sides widen
     d_width, d_y = np.gradient(width[:, 0]), np.gradient(y[:, 0])
@@ -171,7 +173,7 @@ def hair_surfaces(i: Identity, g: HeadGrid, size: int) -> list[Surface]:
     tangents *= 1 / (np.sqrt((tangents**2).sum(0)) + F(1e-9))
 
     # Ragged ends: a point lives when it is above the line, with a dithered edge
-    edge = (0.035 if not hanging else 0.09) * rng.random((n_rows, n_columns), dtype=F)
+    edge = (0.06 if not hanging else 0.09) * rng.random((n_rows, n_columns), dtype=F)
     alive = y - line > edge - 0.01 * streaks
     if style.crown is not None:
         bald = (

@@ -1,8 +1,9 @@
 """Who is in the picture and how it was taken: the parameters of a rendered face, and their distributions.
 
-An `Identity` is everything that stays with a person; a `Nuisance` everything that changes from photograph to photograph. Both are plain
-frozen records: `dataclasses.asdict` gives the ground truth that is written beside the images. Lengths are in head units: eyes at y = 0,
-chin near y = -1.3, crown near y = 1.3, x to the right of the image, y up, z towards the camera. Colours are sRGB in [0, 1].
+An `Identity` is everything that stays with a person; a `Nuisance` everything that changes from photograph to
+photograph. Both are plain frozen records: `dataclasses.asdict` gives the ground truth that is written beside the
+images. Lengths are in head units: eyes at y = 0, chin near y = -1.3, crown near y = 1.3, x to the right of the image,
+y up, z towards the camera. Colours are sRGB in [0, 1].
 """
 
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ _IRIS = {
 
 @dataclass(frozen=True)
 class Identity:
-    """One person. Ratios are relative to the average face (1.0); amounts are 0 (none) to 1 (strong) unless a comment says otherwise."""
+    """One person. Ratios are relative to the average face (1.0); amounts are 0 (none) to 1 (strong) unless said."""
 
     index: int
     texture_seed: int  # seeds freckles, moles, strands and hairline jitter
@@ -160,7 +161,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Nuisance:
-    """One photograph of a person: pose, light, expression, surroundings and camera. Angles in radians, lengths in image widths."""
+    """One photograph: pose, light, expression, surroundings and camera. Angles in radians, lengths in image widths."""
 
     seed: int  # background shapes and noise
     yaw: float
@@ -433,8 +434,8 @@ def neutral_nuisance() -> Nuisance:
 def sample_nuisance(seed: int, identity_index: int, image_index: int, strength: float = 1.0) -> Nuisance:
     """Conditions of photograph `image_index` of person `identity_index`; depends on the arguments alone.
 
-    `strength` in [0, 1] scales pose, expression, light and camera; 1 is the full nuisance (yaw up to +-35 degrees, pitch +-20,
-    roll +-15), 0 leaves a frontal neutral photograph before another background.
+    `strength` in [0, 1] scales pose, expression, light and camera; 1 is the full nuisance (yaw up to +-35 degrees,
+    pitch +-20, roll +-15), 0 leaves a frontal neutral photograph before another background.
     """
     rng = _rng(seed, 2, identity_index, image_index)
     s = float(np.clip(strength, 0, 1))
@@ -455,8 +456,9 @@ def sample_nuisance(seed: int, identity_index: int, image_index: int, strength: 
     occluder = None
     if rng.random() < 0.04 * s:  # something out of focus in a corner, below the mouth
         side = rng.choice([-1, 1])
-        occluder = tuple(float(v) for v in (0.5 + side * rng.uniform(0.3, 0.45), rng.uniform(0.86, 1.0), rng.uniform(0.08, 0.16),
-                                            rng.uniform(0.12, 0.2), rng.uniform(-0.6, 0.6)))  # fmt: skip
+        x, y = 0.5 + side * rng.uniform(0.3, 0.45), rng.uniform(0.86, 1.0)
+        width, height, angle = rng.uniform(0.08, 0.16), rng.uniform(0.12, 0.2), rng.uniform(-0.6, 0.6)
+        occluder = (float(x), float(y), float(width), float(height), float(angle))
     return Nuisance(
         seed=int(rng.integers(2**31)),
         yaw=yaw,

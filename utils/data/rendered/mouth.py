@@ -1,4 +1,7 @@
-"""The mouth of one person, shaped and painted anew for each expression. Arrays are (r, c) on a box of the head's grid."""
+"""The mouth of one person, shaped and painted anew for each expression.
+
+Arrays are (r, c) on a box of the head's grid.
+"""
 
 import numpy as np
 
@@ -34,7 +37,7 @@ class Mouth:
         return 0.14 * n.mouth_open
 
     def shape(self, n: Nuisance, points, albedo, specular, gloss) -> tuple[float, float]:
-        """Lips and teeth of one photograph, in place. Returns x and y of the (right) corner on the plane of features."""
+        """Lips and teeth of one photograph, in place. Returns x and y of the right corner on the plane of features."""
         i, smile = self.identity, max(n.smile, 0)
         y = points[1][self.box]
         half = i.mouth_width * (1 + 0.17 * smile - 0.1 * n.mouth_open)

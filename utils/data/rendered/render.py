@@ -1,10 +1,12 @@
 """From an identity and a nuisance to pixels.
 
-The surfaces of `face`, `hair` and `geometry` are turned, projected and drawn far to near into index buffers of twice the
-resolution, so that the nearest point wins at each sample; only the points that are seen are shaded: soft cast shadows from
-a variance shadow map (Donnelly and Lauritzen 2006), wrapped diffuse light that reddens at the terminator as skin does,
-Blinn-Phong highlights (Kajiya and Kay 1989 for hair), light from the sky, screen-space ambient occlusion. Then the camera:
-exposure, blur and noise. Legend: N points, M seen points, (H, W) pixels, S samples along a side of the index buffers.
+The surfaces of `face`, `hair` and `torso` are turned, projected and drawn far to near into index buffers of twice the
+resolution, so that the nearest point wins at each sample; only the points that are seen are shaded: soft cast shadows
+from a variance shadow map (Donnelly and Lauritzen 2006), wrapped diffuse light that reddens at the terminator as skin
+does, Blinn-Phong highlights (Kajiya and Kay 1989 for hair), light from the sky, screen-space ambient occlusion. Then
+the camera: exposure, blur and noise.
+
+Legend: N points, M seen points, (H, W) pixels, S samples along a side of the index buffers.
 """
 
 from dataclasses import dataclass
@@ -109,7 +111,9 @@ def _draw(u: np.ndarray, v: np.ndarray, depth: np.ndarray, resolution: int, widt
     return buffer.reshape(stride, stride)[width - 1 : width - 1 + resolution, width - 1 : width - 1 + resolution]
 
 
-def _shadow(casters: list[tuple[Surface, np.ndarray]], points: np.ndarray, light: np.ndarray, n: Nuisance) -> np.ndarray:
+def _shadow(
+    casters: list[tuple[Surface, np.ndarray]], points: np.ndarray, light: np.ndarray, n: Nuisance
+) -> np.ndarray:
     """Share of the light that reaches `points` (3, M) in camera space => (M,) in [0, 1]; `light` points to the light.
 
     Chebyshev's bound on the share of nearer surface around each point, from blurred depth and squared depth.
@@ -229,7 +233,9 @@ def _shade(m: _Material, points: np.ndarray, n: Nuisance, light: np.ndarray, sha
     rim = (1 - np.abs(facing)) ** 4 * m.specular * occlusion * F(0.5)
 
     colours = np.zeros((points.shape[1] + 1, 3), F)
-    for c, (wrap, bounce) in enumerate(((0.34, 1.04), (0.15, 0.97), (0.09, 0.92))):  # red light goes farthest under skin
+    for c, (wrap, bounce) in enumerate(
+        ((0.34, 1.04), (0.15, 0.97), (0.09, 0.92))
+    ):  # red light goes farthest under skin
         w = F(wrap) * m.scatter
         diffuse = np.clip((lambert + w) / (1 + w), 0, 1)
         lit = shadow + (1 - shadow) * w * F(0.35)
