@@ -76,7 +76,7 @@ def read_identity_folders(
     return IdentityFolders(root, list(kept), [path for files in kept.values() for path in files], labels)
 
 
-class FaceDataset(Dataset):
+class IdentityDataset(Dataset):
     """Augmented training images. Items are asked for as (pass over the images, index): both seed the augmentation."""
 
     def __init__(

@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 
 from recognition.augment import Augmentation
-from recognition.datasets import FaceDataset, read_identity_folders
+from recognition.datasets import IdentityDataset, read_identity_folders
 from recognition.training_loop import TrainingSettings, train
 from utils.config import check_keys, entry_point, instantiate, plain, settings
 from utils.distributed import seed_for
@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     torch.manual_seed(seed_for(training.seed, "weights"))
     backbone = instantiate(cfg.backbone, "backbone")
     head = instantiate(cfg.head, "head", in_features=backbone.num_features, num_classes=len(folders.identities))
-    dataset = FaceDataset(
+    dataset = IdentityDataset(
         folders,
         size=backbone.input_size,
         augment=augment,

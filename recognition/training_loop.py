@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from recognition.backbones import num_parameters, save_backbone
-from recognition.datasets import FaceDataset, StepBatches, collate
+from recognition.datasets import IdentityDataset, StepBatches, collate
 from recognition.heads import CosineHead
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, strict_load, write_json
@@ -117,7 +117,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_batch_norm: bo
 def train(
     backbone: nn.Module,
     head: CosineHead,
-    dataset: FaceDataset,
+    dataset: IdentityDataset,
     settings: TrainingSettings,
     output_dir: str | Path,
     config: dict[str, Any],

@@ -11,7 +11,7 @@ from torch import nn
 
 from recognition.augment import Augmentation, crop_on_black, low_resolution, photometric, resized_crop
 from recognition.backbones import build_backbone, load_backbone
-from recognition.datasets import FaceDataset, StepBatches, read_identity_folders
+from recognition.datasets import IdentityDataset, StepBatches, read_identity_folders
 from recognition.embedding import embed_images
 from recognition.heads import ArcFace
 from recognition.test import default_name, load_model, markdown_table
@@ -210,7 +210,7 @@ def run(people: Path, output_dir: Path, *, cached: bool = True, **kwargs) -> dic
     backbone = build_backbone("ir_18", input_size=16, num_features=16, width=0.125)
     head = ArcFace(16, 8, scale=16.0, margin=0.2)
     augment = Augmentation(flip=0.5, crop=0.2, low_resolution=0.2, photometric=0.2)
-    dataset = FaceDataset(read_identity_folders(people), size=16, augment=augment, seed=0, cache_in_memory=cached)
+    dataset = IdentityDataset(read_identity_folders(people), size=16, augment=augment, seed=0, cache_in_memory=cached)
     return train(backbone, head, dataset, settings, output_dir, {"training": values})
 
 
@@ -303,7 +303,7 @@ def test_embeddings_are_unit_rows_and_blind_to_mirroring(people: Path) -> None:
 def test_paths_and_arrays_give_the_same(people: Path) -> None:
     backbone = build_backbone("ir_18", input_size=32, num_features=8, width=0.125)
     folders = read_identity_folders(people)
-    dataset = FaceDataset(folders, size=32, augment=Augmentation(flip=0.0), seed=0)
+    dataset = IdentityDataset(folders, size=32, augment=Augmentation(flip=0.0), seed=0)
     images = np.stack([dataset[0, i][0] for i in range(7)])
     expected = embed_images(backbone, images, batch_size=3)
     assert np.allclose(embed_images(backbone, folders.paths[:7], root=people, batch_size=7), expected, atol=1e-5)
