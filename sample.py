@@ -1,0 +1,77 @@
+"""Draw a data set: `python sample.py ...` or `torchrun --nproc_per_node 8 sample.py ...`.
+
+Settings: configs/sample_ddim_config.yaml. The same command goes on where a stopped run ended.
+"""
+
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion.generator import CheckpointChoice, load_generator
+from diffusion.identities import load_identities
+from diffusion.sampling_run import SamplingSettings, check_settings, draw_data_set
+from utils.config import UserError, check_keys, entry_point, existing_file, instantiate, settings
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+KEYS = (
+    "output_dir",
+    "VQEncoder_path",
+    "VQDecoder_path",
+    "latent_diffusion",
+    "latent_shape",
+    "model_cfg_path",
+    "diffusion_cfg_path",
+    "checkpoint",
+    "sampler",
+    "sampling",
+)
+
+
+@entry_point("sample_ddim_config")
+def main(cfg: DictConfig) -> dict[str, Any]:
+    """Rebuild the generator, read the contexts, draw; return counts and times."""
+    check_keys(cfg, KEYS, "")
+    _check_sample_config(cfg)
+    sampling = settings(cfg.sampling, SamplingSettings, "sampling")
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        sampling.save_dir = cfg.output_dir  # each job of a sweep has its own
+    choice = settings(cfg.checkpoint, CheckpointChoice, "checkpoint")
+    if cfg.VQEncoder_path is not None:
+        existing_file(cfg.VQEncoder_path, "VQEncoder_path")
+        log.info("VQEncoder_path: not needed for drawing")
+    generator = load_generator(
+        choice,
+        cfg.VQDecoder_path,
+        model_cfg_path=cfg.model_cfg_path,
+        diffusion_cfg_path=cfg.diffusion_cfg_path,
+        latent_diffusion=cfg.latent_diffusion,
+        latent_shape=cfg.latent_shape,
+    )
+    sampler = check_settings(generator, instantiate(cfg.sampler, "sampler"), sampling)
+    identities = load_identities(generator.unet, sampling.contexts_file, sampling.n_contexts, sampling.seed)
+    source = {
+        "checkpoint.path": choice.path,
+        "step": generator.step,
+        "weights": "published" if generator.is_published else "live" if choice.use_non_ema else "ema",
+        "VQDecoder_path": cfg.VQDecoder_path,
+        "sampling.contexts_file": sampling.contexts_file,
+    }
+    return draw_data_set(generator, sampler, identities, sampling, source)
+
+
+def _check_sample_config(cfg: DictConfig) -> None:
+    """Every key of sampling.sample_config must be one that the chosen sampler reads."""
+    read = str(OmegaConf.to_container(cfg.sampler, resolve=False))
+    for name in cfg.sampling.sample_config:
+        if f"sampling.sample_config.{name}}}" not in read:
+            raise UserError(
+                f"sampling.sample_config.{name}: the chosen sampler ({cfg.sampler._target_}) does not read it"
+            )
+
+
+if __name__ == "__main__":
+    main()
