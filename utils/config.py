@@ -69,6 +69,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         @functools.wraps(main)
         def launch() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
+            mistakes.clear()  # those of an earlier call in this process
             try:
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
                 if mistakes:
