@@ -15,7 +15,7 @@ from utils.config import CONFIG_DIR
 from utils.images import write_image
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the networks here are tiny: a second thread costs more than it brings
 
 
 @pytest.fixture
