@@ -25,8 +25,7 @@ class Eye:
     def __init__(self, i: Identity, g: HeadGrid, side: int, points: np.ndarray, albedo: np.ndarray):
         """Shapes the socket in `points` and paints the lids in `albedo`, both (3, R, C), in place."""
         self.identity, self.side = i, side
-        reach = 0.34
-        self.box = g.box(side * i.eye_spacing, reach, i.eye_height - 0.22, i.eye_height + 0.24)
+        self.box = g.box(side * i.eye_spacing, 0.28, i.eye_height - 0.18, i.eye_height + 0.19)
         self.dx = side * g.x0[self.box] - F(i.eye_spacing)  # grows towards the ear on both sides
         self.dy = g.y0[self.box] - F(i.eye_height)
         cos, sin, w = F(np.cos(i.eye_tilt)), F(np.sin(i.eye_tilt)), F(i.eye_width)
@@ -85,7 +84,7 @@ class Eye:
         ball = self.sclera.copy()
         blend(ball, linear(i.iris)[:, None, None] * ring, np.clip((F(1.04) - distance) * 7, 0, 1))
         blend(ball, (0.006, 0.005, 0.005), np.clip((F(0.42) - distance) * 8, 0, 1))
-        ball *= 1 - F(0.62) * np.exp(np.clip(v - upper, -2, 0) * F(1 / 0.17))
+        ball *= 1 - F(0.52) * np.exp(np.clip(v - upper, -2, 0) * F(1 / 0.17))
 
         paint = albedo[(slice(None), *self.box)]
         paint *= 1 - F(0.16) * bump(v, lower - F(0.04), 0.06) * self.between

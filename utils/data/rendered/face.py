@@ -43,6 +43,8 @@ class Face:
         strands = noise(self.rng, *g.shape, g.shape[0] // 5, g.shape[1] // 2)
         self.brows = [Brow(i, g, side, strands) for side in (-1, 1)]
         self.mouth = Mouth(i, g)
+        tip = nose_tip(i)
+        self.nose_box = g.box(0.0, 0.06, tip - 0.05, tip + 0.05)
         # What an expression moves, and where normals have to be found again
         self.mobile = g.box(0.0, 0.8, -9.0, 0.6)
         x, y = g.x0[self.mobile], g.y[self.mobile[0]]
@@ -199,9 +201,9 @@ class Face:
         normals = self.normals.copy()
         normals[part] = grid_normals(points[part])
         landmarks = {
-            "nose": self.nearest(points, 0.0, nose_tip(self.identity)),
-            "mouth_left": self.nearest(points, -corner_x, corner_y),
-            "mouth_right": self.nearest(points, corner_x, corner_y),
+            "nose": self.nearest(points, 0.0, nose_tip(self.identity), self.nose_box),
+            "mouth_left": self.nearest(points, -corner_x, corner_y, self.mouth.box),
+            "mouth_right": self.nearest(points, corner_x, corner_y, self.mouth.box),
         }
         for eye, mask, name in zip(self.eyes, masks, ("eye_left", "eye_right"), strict=True):
             box = (slice(None), *eye.box)
@@ -218,10 +220,9 @@ class Face:
         )
         return surface, landmarks
 
-    def nearest(self, points: np.ndarray, x: float, y: float) -> np.ndarray:
-        """The surface point of the face nearest to (x, y) in the plane of features."""
-        columns = self.grid.box(x, 0.06, y - 0.1, y + 0.1)[1]
-        distance = (self.grid.x0[:, columns] - x) ** 2 + (points[1, :, columns] - y) ** 2
-        distance += self.grid.face[:, columns] < 0.5
-        row, offset = np.unravel_index(int(np.argmin(distance)), distance.shape)
-        return points[:, row, columns.start + offset].astype(np.float64)
+    def nearest(self, points: np.ndarray, x: float, y: float, box: tuple[slice, slice] | None = None) -> np.ndarray:
+        """The surface point nearest to (x, y) in the plane of features, of those in `box`."""
+        box = box or self.grid.box(x, 0.06, y - 0.08, y + 0.08)
+        distance = np.abs(self.grid.x0[box] - F(x)) + np.abs(points[1][box] - F(y))
+        row, column = np.unravel_index(int(np.argmin(distance)), distance.shape)
+        return points[:, box[0].start + row, box[1].start + column].astype(np.float64)

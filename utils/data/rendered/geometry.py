@@ -183,8 +183,8 @@ class HeadGrid:
     def __init__(self, identity: Identity, size: int):
         k = size / 128
         self.profile = profile = head_profile(identity)
-        self.phi = by_density(-2.1, 2.1, int(250 * k), 0.0, 0.9, 1.5).astype(F)[None]
-        t = by_density(0.0, 1.0, int(250 * k), 0.58, 0.22, 1.6)
+        self.phi = by_density(-2.1, 2.1, int(240 * k), 0.0, 0.9, 1.5).astype(F)[None]
+        t = by_density(0.0, 1.0, int(240 * k), 0.58, 0.22, 1.6)
         self.y, self.width, self.front, self.back, self.centre = (
             profile.at(name, t)[:, None] for name in ("y", "width", "front", "back", "centre")
         )

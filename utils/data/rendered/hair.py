@@ -70,7 +70,7 @@ def hair_surfaces(i: Identity, g: HeadGrid, size: int) -> list[Surface]:
         cut = int(np.searchsorted(-profile.y, 0.8))
         dense = {name: v[:cut] for name, v in dense.items()}
     length = np.concatenate([[0], np.cumsum(np.hypot(np.diff(dense["y"]), np.diff(dense["width"])))])
-    n_rows, n_columns = int(max(76, 70 * length[-1]) * k), int(320 * k)
+    n_rows, n_columns = int(max(70, 63 * length[-1]) * k), int(300 * k)
     rows = np.linspace(0, length[-1], n_rows)
     y, width, front, back, centre = (
         np.interp(rows, length, dense[name]).astype(F)[:, None] for name in ("y", "width", "front", "back", "centre")

@@ -88,27 +88,39 @@ def _gather(surfaces: list[tuple[Surface, np.ndarray]]) -> _Cloud:
     return _Cloud(np.concatenate(parts, 1), sources, bounds)
 
 
-def _draw(u: np.ndarray, v: np.ndarray, depth: np.ndarray, resolution: int, width: int) -> np.ndarray:
-    """Index (S, S) int32 of the nearest point at each sample, -1 where there is none.
+def _draw(
+    u: np.ndarray, v: np.ndarray, depth: np.ndarray, resolution: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest point at each sample: index (S, S) int32, -1 where there is none, and its depth (S, S).
 
     u, v (N,) in samples; `depth` (N,) grows towards the viewer. Each point covers width x width samples.
     """
-    half = F((width - 1) / 2)
+    half, stride = F((width - 1) / 2), resolution + width - 1
     column, row = np.floor(u - half).astype(np.int32), np.floor(v - half).astype(np.int32)
     seen = np.flatnonzero((column > -width) & (row > -width) & (column < resolution) & (row < resolution))
-    stride = resolution + 2 * width - 2
-    buffer = np.full(stride * stride, -1, np.int32)
+    index = np.full((stride, stride), -1, np.int32)
+    nearest = np.full((stride, stride), _NOWHERE, F)
     if seen.size:
         near = depth[seen]
         low = near.min()
         key = ((near - low) * F(65535 / max(near.max() - low, 1e-6))).astype(np.uint16)
-        seen = seen[np.argsort(key, kind="stable")]  # 16-bit keys: a radix sort
-        first = (row[seen] + (width - 1)) * stride + column[seen] + (width - 1)
-        offsets = (np.arange(width)[:, None] * stride + np.arange(width)).ravel().astype(np.int32)
-        cells = first[:, None] + offsets
-        # The last of equal cells stays, which is the nearest point
-        buffer[cells.ravel()] = np.repeat(seen.astype(np.int32), width * width)
-    return buffer.reshape(stride, stride)[width - 1 : width - 1 + resolution, width - 1 : width - 1 + resolution]
+        seen = seen[np.argsort(key, kind="stable")].astype(np.int32)  # 16-bit keys: a radix sort
+        # Far to near, at the first sample that each point covers: the last assignment stays
+        cells = (row[seen] + (width - 1)) * stride + column[seen] + (width - 1)
+        index.ravel()[cells] = seen
+        nearest.ravel()[cells] = depth[seen]
+    # Spread each over the samples it covers, first along columns, then along rows; the nearer stays
+    for axis in (1, 0):
+        best, which = None, None
+        for k in range(width):
+            part = (slice(None), slice(k, k + resolution)) if axis else (slice(k, k + resolution), slice(None))
+            if best is None:
+                best, which = nearest[part], index[part]
+            else:
+                closer = nearest[part] > best
+                best, which = np.where(closer, nearest[part], best), np.where(closer, index[part], which)
+        nearest, index = best, which
+    return index, nearest
 
 
 def _shadow(
@@ -126,8 +138,7 @@ def _shadow(
     zoom, middle = F(resolution / 4.4), F(resolution / 2)
     local = [(frame @ turn) @ s.points[:, ::4] + (frame @ (_PIVOT - turn @ _PIVOT))[:, None] for s, turn in casters]
     local = np.concatenate(local, 1)
-    index = _draw(local[0] * zoom + middle, local[1] * zoom + middle, local[2], resolution, 2)
-    depth = np.where(index >= 0, np.maximum(local[2][index], _NOWHERE), _NOWHERE)
+    _, depth = _draw(local[0] * zoom + middle, local[1] * zoom + middle, local[2], resolution, 2)
     blur = blur_matrix(resolution, round(0.9 * n.shadow_softness, 1))
     moments = np.stack([blur @ depth @ blur.T, blur @ (depth * depth) @ blur.T], -1).reshape(-1, 2)
 
@@ -300,16 +311,14 @@ def render_with_landmarks(identity: Identity, nuisance: Nuisance, size: int = 12
 
     # Two buffers, merged by depth: fine detail with small points, hair and clothes with fewer and larger ones
     offset = fine.points.shape[1]
-    index = _draw(*project(fine.points), fine.points[2], samples, 2)
-    other = _draw(*project(coarse.points), coarse.points[2], samples, 3)
-    z = np.concatenate([fine.points[2], coarse.points[2], [F(-99)]])
-    other = np.where(other >= 0, other + offset, -1)
-    depth, other_depth = z.take(index, mode="wrap"), z.take(other, mode="wrap")
+    index, depth = _draw(*project(fine.points), fine.points[2], samples, 2)
+    other, other_depth = _draw(*project(coarse.points), coarse.points[2], samples, 3)
     nearer = other_depth > depth
-    index, depth = np.where(nearer, other, index).ravel(), np.where(nearer, other_depth, depth)
+    index, depth = np.where(nearer, other + offset, index).ravel(), np.where(nearer, other_depth, depth)
+    n_points = offset + coarse.points.shape[1] + 1  # the last stands for nothing: index -1
 
     # Shade what is seen, each point once
-    where = np.full(z.size, -1, np.int32)  # a sample that shows the point; the last point stands for nothing
+    where = np.full(n_points, -1, np.int32)  # a sample that shows the point
     where[index] = np.arange(index.size, dtype=np.int32)
     where[-1] = -1
     seen = np.flatnonzero(where >= 0)
@@ -324,7 +333,7 @@ def render_with_landmarks(identity: Identity, nuisance: Nuisance, size: int = 12
     colours = _shade(material, points, n, light, shadow, _occlusion(depth, row, column, points[2]))
 
     # Samples => pixels, over the background
-    lookup = np.full(z.size, seen.size, np.int32)
+    lookup = np.full(n_points, seen.size, np.int32)
     lookup[seen] = np.arange(seen.size, dtype=np.int32)
     index = lookup.take(index, mode="wrap").reshape(samples, samples)
     layer = np.zeros((size, size, 3), F)
