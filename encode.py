@@ -1,6 +1,6 @@
 """Embed a folder of faces: python encode.py checkpoint=... input_dir=... output_dir=... (configs/encode_config.yaml).
 
-Legend: n images, D width. The images are embedded in parts of 512, each kept in `<output_dir>/.parts` until all are
+Legend: n images, D width. The images are embedded in parts of 256, each kept in `<output_dir>/.parts` until all are
 done: a killed run goes on with the part it was at, with any number of ranks.
 """
 
@@ -24,7 +24,7 @@ from utils.contexts import save_rows, write_embeddings
 from utils.images import list_images
 from utils.logging import get_logger
 
-PART_SIZE = 512
+PART_SIZE = 256
 logger = get_logger("encode")
 
 
@@ -77,13 +77,16 @@ def encode(options: EncodeSettings) -> None:
     todo = [item for item in files if not item[1].exists()]
     distributed.barrier()  # all ranks have looked before one writes: they must share out the same list
     device = distributed.device(options.device)
-    bar = tqdm(distributed.share(todo), desc="embed", unit=f"{PART_SIZE} images", disable=not distributed.is_main())
-    for start, file in bar:
-        batch = names[start : start + PART_SIZE]
-        rows = embed_images(
-            backbone, batch, root=root, batch_size=options.batch_size, flip=options.flip, device=device
-        )  # (part, D)
-        save_rows(file, rows)
+    mine = distributed.share(todo)
+    total = sum(len(names[start : start + PART_SIZE]) for start, _ in mine)
+    with tqdm(total=total, desc="embed", unit="image", disable=not distributed.is_main()) as bar:
+        for start, file in mine:
+            part = names[start : start + PART_SIZE]
+            rows = embed_images(
+                backbone, part, root=root, batch_size=options.batch_size, flip=options.flip, device=device
+            )  # (part, D)
+            save_rows(file, rows)
+            bar.update(len(part))
     distributed.barrier()
     if distributed.is_main():
         write_embeddings(output_dir, names, np.concatenate([np.load(file, allow_pickle=False) for _, file in files]))

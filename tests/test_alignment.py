@@ -19,7 +19,7 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.fixture(scope="module")
 def aligner() -> FaceAligner:
-    return FaceAligner()
+    return FaceAligner(min_face_size=32)
 
 
 def test_similarity_matrix_agrees_with_the_published_numbers():
@@ -129,7 +129,7 @@ def settings(root: Path, out: Path, **changes) -> AlignSettings:
     values = {
         "layout": "auto",
         "tile_size": None,
-        "min_face_size": 20,
+        "min_face_size": 40,
         "detection_size": 112,
         "detection_padding": 0.1,
         "just_resize_if_fail": False,
@@ -220,19 +220,21 @@ def test_a_killed_run_resumes(tmp_path, monkeypatch):
     seen.clear()
     assert run_alignment(settings(tmp_path / "in", out))["aligned"] == 3
     assert seen == []
-    with pytest.raises(UserError, match=r"min_face_size: 40.*begun with 20"):
-        run_alignment(settings(tmp_path / "in", out, min_face_size=40))
+    with pytest.raises(UserError, match=r"min_face_size: 24.*begun with 40"):
+        run_alignment(settings(tmp_path / "in", out, min_face_size=24))
 
 
 @pytest.mark.slow
-def test_worker_processes_give_the_same_report(tmp_path):
+def test_worker_processes_give_the_same_report(tmp_path, monkeypatch):
     make_folders(tmp_path / "in")
-    for index in range(64):
-        write_image(tmp_path / "in" / "d" / f"{index}.png", np.full((16, 16, 3), index, np.uint8))
+    monkeypatch.setattr(alignment_job, "IMAGES_PER_UNIT", 3)
     for processes in (1, 2):
-        run_alignment(settings(tmp_path / "in", tmp_path / str(processes), processes=processes, detection_size=64))
-    assert report(tmp_path / "1") == report(tmp_path / "2")
+        run_alignment(settings(tmp_path / "in", tmp_path / str(processes), processes=processes))
     assert pngs(tmp_path / "1") == pngs(tmp_path / "2")
+    for one, two in zip(report(tmp_path / "1"), report(tmp_path / "2"), strict=True):
+        assert (one["file"], one["status"]) == (two["file"], two["status"])
+        if one["status"] == "aligned":  # threads differ, so sums are rounded differently
+            np.testing.assert_allclose(one["landmarks"], two["landmarks"], atol=0.02)
 
 
 def test_reports_of_ranks_are_joined(tmp_path):

@@ -88,7 +88,7 @@ class FaceAligner:
         self,
         *,
         min_face_size: float = 20,
-        detection_size: int = 160,
+        detection_size: int = 112,
         detection_padding: float = 0.1,
         device: torch.device | str = "cpu",
     ) -> None:

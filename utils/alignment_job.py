@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.alignment import CROP_SIZE, Detection, FaceAligner
+from utils.checkpoint import write_json, write_text
 from utils.config import UserError, existing_folder
 from utils.images import (
     ALIGNED_BLOCK,
@@ -287,12 +288,6 @@ def _read_lines(path: Path) -> list[Record]:
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def merge_reports(output_dir: Path) -> list[Record]:
     """Join the report and the ranks' parts into one report sorted by file, each image once; returns its lines."""
     parts = sorted(output_dir.glob(PART_PATTERN))
@@ -300,7 +295,7 @@ def merge_reports(output_dir: Path) -> list[Record]:
     unique = {(record["file"], record.get("index", 0)): record for record in records}
     records = [unique[key] for key in sorted(unique)]
     if parts:
-        _write_text(output_dir / REPORT, "".join(json.dumps(record) + "\n" for record in records))
+        write_text(output_dir / REPORT, "".join(json.dumps(record) + "\n" for record in records))
         for part in parts:
             part.unlink()
     return records
@@ -319,7 +314,7 @@ def _prepare(settings: AlignSettings) -> set[str]:
                     f"{key}: {value}, but {output_dir} was begun with {found.get(key)}; "
                     "go on with that, or give another output_dir"
                 )
-    _write_text(settings_file, json.dumps(wanted, indent=2) + "\n")
+    write_json(settings_file, wanted)
     statuses: dict[str, list[str]] = {}
     for record in merge_reports(output_dir):
         statuses.setdefault(record["file"], []).append(record["status"])
@@ -392,5 +387,5 @@ def _summarise(settings: AlignSettings, layout: str, seconds: float, done: set[s
         "images_per_second": round(new / max(seconds, 1e-9), 2),
         "settings": settings.results(),
     }
-    _write_text(output_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_json(output_dir / SUMMARY, summary)
     return summary
