@@ -20,6 +20,7 @@ from utils.data.rendered import (
     sample_identity,
     sample_nuisance,
 )
+from utils.data.rendered.__main__ import main
 from utils.data.rendered.hair import STYLES
 from utils.data.rendered.identity import HAIR_STYLES
 from utils.mtcnn import MTCNN
@@ -182,3 +183,16 @@ def test_mtcnn_finds_the_faces_and_their_landmarks():
             errors.append(np.linalg.norm(found.landmarks - points, axis=-1).mean(-1).min())
     assert sum(e < 10 for e in errors) >= 0.95 * len(images)
     assert np.median(errors) < 3.5
+
+
+def test_command_line(tmp_path, monkeypatch, capfd):
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", ["rendered", f"output_dir={tmp_path}/faces", "image_size=64", *arguments])
+        main()
+
+    run("n_identities=1", "images_per_identity=2", "processes=1", "image_format=jpg")
+    assert sorted(p.name for p in (tmp_path / "faces" / "00000").iterdir()) == ["000.jpg", "001.jpg"]
+    with pytest.raises(SystemExit) as stop:
+        run("n_identities=many")
+    assert stop.value.code == 2
+    assert "n_identities" in capfd.readouterr().err.splitlines()[-1]

@@ -452,6 +452,7 @@ def sample_nuisance(seed: int, identity_index: int, image_index: int, strength: 
     light_colour = np.array((1 + 0.05 * warm, 1.0, 1 - 0.09 * warm)) / (1 + 0.05 * abs(warm))
     cool = rng.normal(0, 1) * s
     hue = rng.uniform(0.15, 0.9) * (1 + rng.normal(0, 0.13, 3))
+    tint = 1 + rng.normal(0, 0.1, 3)
     smiling = rng.random()
     occluder = None
     if rng.random() < 0.04 * s:  # something out of focus in a corner, below the mouth
@@ -479,7 +480,7 @@ def sample_nuisance(seed: int, identity_index: int, image_index: int, strength: 
         ambient=between(0.3, 0.55, 0.42),
         ambient_colour=_colour((0.92 - 0.06 * cool, 0.94, 0.96 + 0.05 * cool)),
         shadow_softness=between(0.5, 2.0, 1.0),
-        background=(_colour(hue), _colour(hue * rng.uniform(0.6, 1.3) * (1 + rng.normal(0, 0.1, 3))), _colour(hue * rng.uniform(0.4, 1.1))),
+        background=(_colour(hue), _colour(hue * rng.uniform(0.6, 1.3) * tint), _colour(hue * rng.uniform(0.4, 1.1))),
         background_shapes=int(rng.integers(0, 7)),
         clothes=CLOTHES[int(rng.integers(len(CLOTHES)))],
         clothes_colour=_colour(rng.uniform(0.05, 0.85) + rng.normal(0, 0.12, 3)),
