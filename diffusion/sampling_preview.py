@@ -60,7 +60,7 @@ def _curves(calibration: Calibration) -> str:
     limit = np.log10(calibration.threshold)
     low, high = min(d.min(), limit), max(d.max(), limit)
     times = calibration.timesteps
-    bottom, right = _HEIGHT - _MARGIN, _WIDTH - 10
+    bottom, right = _HEIGHT - _MARGIN, _WIDTH - 20
 
     def x(t: float) -> float:
         return _MARGIN + (times[0] - t) / max(times[0] - times[-1], 1) * (right - _MARGIN)

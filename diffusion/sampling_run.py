@@ -256,7 +256,8 @@ def check_settings(generator: FaceGenerator, sampler: functools.partial, cfg: Sa
         wanted = inspect.signature(sampler.func).parameters[name].annotation
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value != AUTO and ((wanted in (int, float) and not is_number) or (wanted is int and value != int(value))):
-            raise UserError(f"sampler.{name}: {value!r}; give {'a whole' if wanted is int else 'a'} number")
+            options = f" or {AUTO}" if name == "threshold" else ""
+            raise UserError(f"sampler.{name}: {value!r}; give a {'whole ' if wanted is int else ''}number{options}")
     if sampler.keywords.get("indexing") not in (None, *INDEXINGS):
         raise UserError(f"sampler.indexing: {sampler.keywords['indexing']!r}; give one of {', '.join(INDEXINGS)}")
     if "num_steps" in sampler.keywords:
