@@ -140,6 +140,8 @@ def _known_keys(config_name: str) -> list[str]:
 def _suggestion(key: str, known: Iterable[str]) -> str:
     """`; did you mean X?` with the nearest known key, or the known keys of the same section."""
     known = list(known)
+    if key in known:  # of the defaults
+        return "; the chosen config groups do not have it"
     section, _, name = key.rpartition(".")
     if name in KNOWN_TYPOS:
         return f"; the key is {section + '.' if section else ''}{KNOWN_TYPOS[name]}"
