@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from demo.pipeline import ALIGNMENT, GENERATED, SET_NAMES, Pipeline, count_text, read_json, read_lines
 from demo.report import Curves, Figure, Panel, Report, StageRun, render
@@ -243,43 +242,33 @@ def reconstruct(out: Path, images: np.ndarray) -> np.ndarray:
     return to_uint8(decoder(encoder(to_float(images))))
 
 
-def scalars(folder: Path, tag: str) -> tuple[list[int], list[float]]:
-    """A TensorBoard scalar of a run: steps and values, a step once (the last run that logged it)."""
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    if tag not in events.Tags()["scalars"]:
-        return [], []
-    values = {event.step: event.value for event in events.Scalars(tag)}
-    return sorted(values), [values[step] for step in sorted(values)]
-
-
 def curves(pipeline: Pipeline) -> list[Curves]:
     """Losses of everything that was trained."""
     out = pipeline.output_dir
-    recognisers = {name: scalars(out / "recognisers" / name, "train/loss") for name in pipeline.sets}
-    accuracies = {}
-    for name in pipeline.sets:
-        history = read_json(out / "recognisers" / name / "metrics.json")["history"]
-        accuracies[name] = ([h["epoch"] for h in history], [100 * h["accuracy"] for h in history])
+    histories = {name: read_json(out / "recognisers" / name / "metrics.json")["history"] for name in pipeline.sets}
+
+    def logged(folder: str, value: str) -> tuple[list[int], list[float]]:
+        lines = read_lines(out / folder / "metrics.jsonl")
+        return [line["step"] for line in lines], [line[value] for line in lines]
+
+    def epochs(value: str, factor: float) -> dict[str, tuple[list[int], list[float]]]:
+        return {
+            name: ([h["epoch"] for h in lines], [factor * h[value] for h in lines]) for name, lines in histories.items()
+        }
+
     return [
         Curves(
-            "Autoencoder",
-            "How far pixels are from the original.",
-            "L1",
-            {"L1": scalars(out / "autoencoder", "train/l1")},
+            "Autoencoder", "How far pixels in -1 to 1 are from the original.", "L1", {"L1": logged("autoencoder", "l1")}
         ),
+        Curves("Diffusion model", "Mean squared error of the noise.", "loss", {"loss": logged("diffusion", "loss")}),
         Curves(
-            "Diffusion model",
-            "Mean squared error of the noise.",
-            "loss",
-            {"loss": scalars(out / "diffusion", "train/loss")},
+            "Recognisers, loss", "The same recipe on each set.", "cross-entropy", epochs("loss", 1), x_label="epoch"
         ),
-        Curves("Recognisers, loss", "The same recipe on each set.", "cross-entropy", recognisers),
         Curves(
             "Recognisers, training accuracy",
-            "Share of training images put right, with the margin.",
+            "Share of training images put right, in spite of the margin.",
             "per cent",
-            accuracies,
+            epochs("accuracy", 100),
             x_label="epoch",
         ),
     ]

@@ -170,7 +170,8 @@ class Pipeline:
         def work(run: Commands) -> str:
             given = {"dataset.samples_root": self.path("aligned/train"), "output_dir": self.path("autoencoder")}
             run.script("train_autoencoder.py", given, self.scripts["autoencoder"])
-            return "images of 64 pixels to latents of 16 x 16 x 3"
+            metrics = read_json(self.output_dir / "autoencoder/metrics.json")
+            return f"{metrics['steps']} steps, L1 {metrics['l1']:.3f} on held-out images (range -1 to 1)"
 
         self.stages.run("autoencoder", "Train the autoencoder", self.scripts["autoencoder"], ["autoencoder"], work)
 
