@@ -354,7 +354,8 @@ def test_train_and_test_from_the_command_line_in_two_processes(run_script, peopl
         *(f"dataset.root={people}", "dataset.cache_in_memory=true", f"output_dir={tmp_path / 'run'}", "head=cosface"),
         *("backbone=ir_18", "backbone.width=0.125", "backbone.input_size=16", "backbone.num_features=16"),
         *("training.batch_size=6", "training.epochs=8", "training.milestones=[6]", "training.num_workers=0"),
-        *("training.device=cpu", "head.scale=16"),
+        *("training.device=cpu", "head.scale=16", "training.lr=0.03", "backbone.dropout=0"),
+        *(f"augment.{name}=0" for name in ("crop", "low_resolution", "photometric")),
     ]
     run_script("recognition.train", *train_args, processes=2)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
