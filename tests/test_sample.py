@@ -265,16 +265,17 @@ def test_samplers(files, tmp_path, choice, switches):
 def test_noise_within_sampling_is_the_images_own(files, tmp_path):
     """eta > 0 draws noise in every step; it too must not depend on the batch."""
     for size in (1, 3):
-        run(files, tmp_path / str(size), "sampler=ddim", "sampler.eta=1", f"sampling.batch_size={size}")
+        more = ("sampler=ddim", "sampler.eta=1", "sampling.n_contexts=1")
+        run(files, tmp_path / str(size), *more, f"sampling.batch_size={size}")
     assert close(images(tmp_path / "1"), images(tmp_path / "3"))
 
 
 def test_uniform_contexts_and_bf16(files, tmp_path):
-    more = ("sampling.contexts_file=null", "sampling.precision=bf16", "sampler=ddim")
-    run(files, tmp_path / "a", "sampling.n_contexts=2", *more)
-    run(files, tmp_path / "b", "sampling.n_contexts=3", *more)
+    more = ("sampling.contexts_file=null", "sampling.precision=bf16", "sampler=ddim", "sampler.num_steps=5")
+    run(files, tmp_path / "a", "sampling.n_contexts=1", *more)
+    run(files, tmp_path / "b", "sampling.n_contexts=2", *more)
     first, second = images(tmp_path / "a"), images(tmp_path / "b")
-    assert len(first) == 6 and len(second) == 9
+    assert len(first) == 3 and len(second) == 6
     assert all(np.abs(first[name] - second[name]).mean() < 8 for name in first)
 
 
@@ -352,7 +353,7 @@ def test_a_mistake_is_one_line_and_status_2(files, tmp_path, monkeypatch, capsys
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert end.value.code == 2
     assert len(lines) == 1 and message in lines[0]
-    assert not drawn_files(tmp_path / "out") if (tmp_path / "out").exists() else True
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_a_key_that_the_sampler_does_not_read(files, tmp_path):
