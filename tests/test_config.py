@@ -89,3 +89,15 @@ def test_command_line_mistakes(run_script, tmp_path, arguments, message):
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_each_job_in_its_own_folder(run_script, tmp_path):
+    done = run_script(
+        "utils.data.rendered", "-m", f"output_dir={tmp_path}/sweep", "n_identities=1", "images_per_identity=1",
+        "image_size=32", "processes=1", "seed=1,2",
+    )  # fmt: skip
+    folders = sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert [name.split("_")[0] for name in folders] == ["0", "1"], done.stderr
+    assert "seed=1" in folders[0] and "seed=2" in folders[1] and str(tmp_path) not in folders[0]
+    assert len(list((tmp_path / "sweep").glob("*/00000/000.png"))) == 2

@@ -35,6 +35,14 @@ KNOWN_TYPOS = {"VQDncoder_path": "VQDecoder_path", "sample_root": "samples_root"
 T = TypeVar("T")
 
 
+def sweep_folder(number: int, overrides: str) -> str:
+    """The subfolder of job `number` of a sweep, named by its overrides (`a=1,b=2`) but for those that hold paths."""
+    return "_".join([str(number), *(o for o in overrides.split(",") if o and "/" not in o and len(o) < 60)])
+
+
+OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
+
+
 class UserError(Exception):
     """A mistake in what the user gave; its text is one line: what was found, where, and what would be right."""
 
