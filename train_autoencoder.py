@@ -4,13 +4,14 @@ Settings: configs/train_autoencoder_config.yaml. Writes vq_encoder.safetensors a
 and sample.py read. The same command goes on where a stopped run ended.
 """
 
+import inspect
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from models.autoencoder.data import DatasetSettings
+from models.autoencoder.modules import Encoder
 from models.autoencoder.training_loop import TrainingSettings, train
-from models.autoencoder.vqgan import FFHQ256_DDCONFIG
 from utils.config import check_keys, entry_point, instantiate, plain, settings
 
 # Parts of the section `training` that are config groups, built by their `_target_`.
@@ -25,7 +26,7 @@ def main(cfg: DictConfig) -> dict[str, float]:
     )
     dataset = settings(cfg.dataset, DatasetSettings, "dataset")
     check_keys(cfg.autoencoder, ("ddconfig", "n_embed", "embed_dim"), "autoencoder")
-    check_keys(cfg.autoencoder.ddconfig, FFHQ256_DDCONFIG, "autoencoder.ddconfig")
+    check_keys(cfg.autoencoder.ddconfig, inspect.signature(Encoder).parameters, "autoencoder.ddconfig")
     factories = [instantiate(cfg.training[name], f"training.{name}") for name in GROUPS]
     return train(plain(cfg.autoencoder), dataset, *factories, loop, Path(cfg.output_dir), plain(cfg))
 

@@ -179,7 +179,7 @@ def test_wrong_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ch": 48}, "48 channels; each width must be 16 or a multiple of 32"),
+        ({"ch": 48}, "48 channels, a width of ch . ch_mult, are not a multiple of 32"),
         ({"double_z": True}, "double_z"),
         ({"resolution": 30}, "30 cannot be halved 2 times"),
     ],
@@ -187,6 +187,13 @@ def test_wrong_files_are_named(tmp_path):
 def test_impossible_sizes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Encoder(**{**TINY, **change})
+
+
+def test_group_norms_follow_norm_groups():
+    encoder = Encoder(**{**TINY, "ch": 16, "norm_groups": 4})
+    assert {(m.num_groups, m.eps) for m in encoder.modules() if isinstance(m, torch.nn.GroupNorm)} == {(4, 1e-6)}
+    encoder = Encoder(**{**TINY, "ch": 16})
+    assert {m.num_groups for m in encoder.modules() if isinstance(m, torch.nn.GroupNorm)} == {16, 32}
 
 
 def test_attention_stands_where_the_resolution_says():

@@ -13,25 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_GROUPS = 32
 
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups with eps 1e-6, as in the published first stage; of 16 where there are 16 channels."""
-    groups = min(NORM_GROUPS, channels)
-    if channels != 16 and channels % NORM_GROUPS:
-        raise ValueError(f"ddconfig.ch * ch_mult: {channels} channels; each width must be 16 or a multiple of 32")
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """GroupNorm with eps 1e-6, as in the published first stage; at most one group a channel."""
+    groups = min(groups, channels)
+    if channels % groups:
+        raise ValueError(
+            f"ddconfig.norm_groups: {channels} channels, a width of ch * ch_mult, are not a multiple of {groups}"
+        )
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
     """Two normalised 3x3 convolutions around a shortcut; no time embedding."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -48,9 +48,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all positions."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -88,11 +88,11 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """Residual blocks of one resolution, with attention after each where asked for; the owner adds the resampling."""
 
-    def __init__(self, widths: Sequence[int], attention: bool, dropout: float) -> None:
+    def __init__(self, widths: Sequence[int], attention: bool, dropout: float, groups: int) -> None:
         super().__init__()
         pairs = list(pairwise(widths))
-        self.block = nn.ModuleList(ResnetBlock(c_in, c_out, dropout) for c_in, c_out in pairs)
-        self.attn = nn.ModuleList(AttnBlock(c_out) for _, c_out in pairs if attention)
+        self.block = nn.ModuleList(ResnetBlock(c_in, c_out, dropout, groups) for c_in, c_out in pairs)
+        self.attn = nn.ModuleList(AttnBlock(c_out, groups) for _, c_out in pairs if attention)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -105,11 +105,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, dropout: float, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+        self.block_1 = ResnetBlock(channels, channels, dropout, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, dropout, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -129,7 +129,9 @@ class Encoder(nn.Module):
     """Images (B, in_channels, H, W) in [-1, 1] to features (B, z_channels, H/f, W/f), f = 2 ** (levels - 1).
 
     The arguments are the keys of latent diffusion's `ddconfig`; `attn_resolutions` are the sides, counted from
-    `resolution`, at which every residual block is followed by attention.
+    `resolution`, at which every residual block is followed by attention. `norm_groups` is ours: with as many groups as
+    channels, as a narrow network would have with the published 32, each norm takes away the mean of every channel, and
+    brightness hardly gets through.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class Encoder(nn.Module):
         attn_resolutions: Sequence[int] = (),
         dropout: float = 0.0,
         double_z: bool = False,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         del out_ch  # one ddconfig describes both halves; this width is the decoder's
@@ -153,12 +156,14 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([ch, *widths[:-1]], widths, strict=True)):
-            level = Level([c_in] + [c_out] * num_res_blocks, resolution // 2**i in attn_resolutions, dropout)
+            level = Level(
+                [c_in] + [c_out] * num_res_blocks, resolution // 2**i in attn_resolutions, dropout, norm_groups
+            )
             if i < len(widths) - 1:
                 level.downsample = Downsample(c_out)
             self.down.append(level)
-        self.mid = Middle(widths[-1], dropout)
-        self.norm_out = group_norm(widths[-1])
+        self.mid = Middle(widths[-1], dropout, norm_groups)
+        self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,20 +195,23 @@ class Decoder(nn.Module):
         attn_resolutions: Sequence[int] = (),
         dropout: float = 0.0,
         double_z: bool = False,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         del in_channels  # one ddconfig describes both halves; this width is the encoder's
         _check_ddconfig(resolution, ch_mult, double_z)
         widths = [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], dropout)
+        self.mid = Middle(widths[-1], dropout, norm_groups)
         self.up = nn.ModuleList()  # up.0 is the finest level, so they run last to first
         for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
-            level = Level([c_in] + [c_out] * (num_res_blocks + 1), resolution // 2**i in attn_resolutions, dropout)
+            level = Level(
+                [c_in] + [c_out] * (num_res_blocks + 1), resolution // 2**i in attn_resolutions, dropout, norm_groups
+            )
             if i > 0:
                 level.upsample = Upsample(c_out)
             self.up.append(level)
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = group_norm(widths[0], norm_groups)
         self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -210,11 +210,12 @@ def train(
 
         # Look
         if step % cfg.steps_between_previews == 0 or finished:
-            measured = evaluate(ema.model, held_out, cfg.batch_size, device)
+            placed = step > cfg.quantization_start
+            measured = evaluate(ema.model, held_out, cfg.batch_size, device, quantize=placed)
             scalars.scalars({f"validation/{name}": value for name, value in measured.items()}, step)
             log.info("step %d, %.1f minutes: %s", step, minutes, _in_words(measured))
             if distributed.is_main():
-                preview = draw_preview(ema.model, preview_pixels, device)
+                preview = draw_preview(ema.model, preview_pixels, device, quantize=placed)
                 write_image(output_dir / "previews" / f"step_{step:08d}.png", preview)
                 scalars.image("preview", preview, step)
 
@@ -376,24 +377,29 @@ class _Window:
 
 
 @torch.no_grad()
-def evaluate(model: VQModel, images: Images, batch_size: int, device: torch.device) -> dict[str, float]:
+def evaluate(
+    model: VQModel, images: Images, batch_size: int, device: torch.device, quantize: bool = True
+) -> dict[str, float]:
     """Reconstruction of `images`, shared out over the processes; {} where there are none.
 
-    `l1`: mean absolute error of the quantised reconstruction, clamped to [-1, 1], in that unit; `l1_unquantized`: the
-    same past the codebook; `psnr`: mean over images, in dB.
+    `l1`: mean absolute error of the quantised reconstruction, clamped to [-1, 1], in that unit; `psnr`: of the same,
+    mean over images, in dB; `l1_unquantized`: past the codebook, the only one without `quantize`.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     mine = distributed.share(range(len(images)))
     for start in range(0, len(mine), batch_size):
         real = to_float(images.read(list(mine[start : start + batch_size])).to(device))  # (B, 3, H, W)
         latents = model.encode(real)
-        error = model.decode(model.quantize(latents).latents).clamp(-1, 1) - real
-        error_unquantized = model.decode(latents).clamp(-1, 1) - real
+        error_unquantized = error = model.decode(latents).clamp(-1, 1) - real
+        if quantize:
+            error = model.decode(model.quantize(latents).latents).clamp(-1, 1) - real
         psnr = 10 * torch.log10(4 / error.square().mean(dim=(1, 2, 3)).clamp(min=1e-10))  # 4: range 2, squared
         of_images = (error.abs().mean(dim=(1, 2, 3)), error_unquantized.abs().mean(dim=(1, 2, 3)), psnr)
         sums += torch.stack([*(value.double().sum() for value in of_images), sums.new_tensor(len(real))])
     l1, l1_unquantized, psnr, n = (distributed.all_reduce_mean(sums) * distributed.world_size()).tolist()
-    return {"l1": l1 / n, "l1_unquantized": l1_unquantized / n, "psnr": psnr / n} if n else {}
+    if not n:
+        return {}
+    return {**({"l1": l1 / n, "psnr": psnr / n} if quantize else {}), "l1_unquantized": l1_unquantized / n}
 
 
 @torch.no_grad()
@@ -413,9 +419,9 @@ def measure_latents(model: VQModel, images: Images, batch_size: int, device: tor
 
 
 @torch.no_grad()
-def draw_preview(model: VQModel, pixels: Tensor, device: torch.device) -> np.ndarray:
+def draw_preview(model: VQModel, pixels: Tensor, device: torch.device, quantize: bool = True) -> np.ndarray:
     """Images uint8 (n, H, W, 3), each beside its reconstruction, four pairs a row: one uint8 picture."""
-    reconstructed = to_uint8(model(to_float(pixels.to(device))).images)
+    reconstructed = to_uint8(model(to_float(pixels.to(device)), quantize).images)
     pairs = np.stack([pixels.numpy(), reconstructed], axis=1).reshape(-1, *pixels.shape[1:])
     return grid(pairs, columns=8)
 
