@@ -14,7 +14,7 @@ from demo.pipeline import ALIGNMENT, GENERATED, SET_NAMES, Pipeline, count_text,
 from demo.report import Curves, Figure, Panel, Report, StageRun, render
 from models.autoencoder.vqgan import load_decoder, load_encoder
 from utils.checkpoint import write_json, write_text
-from utils.images import default_threads, list_images, load_images, to_float, to_uint8
+from utils.images import default_threads, grid, list_images, load_images, to_float, to_uint8, write_image
 
 ROWS, COLUMNS, STATIONS = 8, 6, 10  # of the face panels; images of each station of the pipeline
 INSTALL_SECONDS = Path(__file__).resolve().parent.parent / ".venv" / "install_seconds"
@@ -47,7 +47,10 @@ def write_report(pipeline: Pipeline) -> str:
         "seed": pipeline.seed,
     }
     write_json(out / "metrics.json", metrics)
-    write_text(out / "report.html", render(build(pipeline, accuracy, detection, seconds, metrics)))
+    report = build(pipeline, accuracy, detection, seconds, metrics)
+    write_text(out / "report.html", render(report))
+    drawn = next(panel for panel in report.panels if panel.key == "two_stage")
+    write_image(out / "faces.png", grid(np.concatenate([row[:COLUMNS] for row in drawn.rows]), COLUMNS))
     width = max(len(name) for name in accuracy)
     return "".join(
         f"{name:{width}}  {100 * row['accuracy']:6.2f} % ± {100 * row['std']:.2f}   "

@@ -59,12 +59,13 @@ class Pipeline:
     """Settings, checked before anything runs, and the stages."""
 
     def __init__(self, cfg: DictConfig, output_dir: Path) -> None:
-        check_keys(cfg, ("output_dir", "data", "seed", "people", "pairs", "identities", *SCRIPTS), "")
+        check_keys(cfg, ("output_dir", "data", "seed", "processes", "people", "pairs", "identities", *SCRIPTS), "")
         self.people = settings(cfg.people, PeopleSettings, "people")
         self.pairs = settings(cfg.pairs, PairSettings, "pairs")
         self.identities = settings(cfg.identities, IdentitySettings, "identities")
         self.scripts: dict[str, dict[str, Any]] = {name: plain(cfg[name]) for name in SCRIPTS}
         self.seed = int(cfg.seed)
+        self.processes = int(cfg.processes)
         self.data = None if cfg.data is None else Path(str(cfg.data)).expanduser()
         self.found = None if self.data is None else people.read_class_folders(self.data)
         self.reference = "rendered" if self.data is None else "real"
@@ -149,7 +150,7 @@ class Pipeline:
     def _recogniser(self, name: str, faces: str) -> None:
         def work(run: Commands) -> str:
             given = {"dataset.root": self.path(faces), "output_dir": self.path(f"recognisers/{name}")}
-            run.script("-m recognition.train", given, self.scripts["recogniser"])
+            run.script("-m recognition.train", given, self.scripts["recogniser"], processes=self.processes)
             metrics = read_json(self.output_dir / "recognisers" / name / "metrics.json")
             return f"{metrics['steps']} steps, training accuracy {100 * metrics['training_accuracy']:.1f} %"
 
@@ -169,7 +170,7 @@ class Pipeline:
     def _autoencoder(self) -> None:
         def work(run: Commands) -> str:
             given = {"dataset.samples_root": self.path("aligned/train"), "output_dir": self.path("autoencoder")}
-            run.script("train_autoencoder.py", given, self.scripts["autoencoder"])
+            run.script("train_autoencoder.py", given, self.scripts["autoencoder"], processes=self.processes)
             metrics = read_json(self.output_dir / "autoencoder/metrics.json")
             return f"{metrics['steps']} steps, L1 {metrics['l1']:.3f} on held-out images (range -1 to 1)"
 
@@ -187,7 +188,7 @@ class Pipeline:
                 "training.checkpoint.VQDecoder": self.path("autoencoder/vq_decoder.safetensors"),
                 "output_dir": self.path("diffusion"),
             }
-            run.script("main.py", given, self.scripts["diffusion"])
+            run.script("main.py", given, self.scripts["diffusion"], processes=self.processes)
             last = read_lines(self.output_dir / "diffusion/metrics.jsonl")[-1]
             return f"{last['step']} steps, loss {last['loss']:.3f}"
 
@@ -218,7 +219,7 @@ class Pipeline:
                 "sampling.n_samples_per_context": self.identities.images,
                 "sampling.seed": self.seed,
             }
-            run.script("sample.py", given, *own)
+            run.script("sample.py", given, *own, processes=self.processes)
             return f"{len(read_lines(self.output_dir / 'samples' / name / 'manifest.jsonl'))} images"
 
         title = f"Draw faces, {SET_NAMES[name].partition(', ')[2]}"

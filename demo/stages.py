@@ -129,16 +129,21 @@ class Commands:
         self.record = record
         self.threads = threads
 
-    def script(self, script: str, *settings: Mapping[str, Any]) -> None:
+    def script(self, script: str, *settings: Mapping[str, Any], processes: int = 1) -> None:
         """`script` is a file (`main.py`) or a module (`-m recognition.train`); `settings` become its overrides.
 
-        Raises UserError when it fails; the script itself has said why.
+        More than one of `processes` start it by torchrun and share the threads among them. Raises UserError when it
+        fails; the script itself has said why.
         """
         arguments = [*script.split(), *(item for tree in settings for item in overrides(tree))]
         shown = shlex.join(["python", *arguments])
+        if processes > 1:
+            launcher = ["--nproc_per_node", str(processes)]
+            shown = shlex.join(["torchrun", *launcher, *arguments])
+            arguments = ["-m", "torch.distributed.run", "--standalone", *launcher, *arguments]
         self.record.commands.append(shown)
         log.info("    %s", shown)
-        status = start(arguments, self.threads)
+        status = start(arguments, max(1, self.threads // processes))
         if status in (130, -2):
             raise KeyboardInterrupt
         if status != 0:
