@@ -19,6 +19,7 @@ from utils.config import CONFIG_DIR, UserError
 from utils.images import write_image
 
 TINY = {
+    "processes": 1,
     "people": {"train": 8, "images_per_person": 4, "test": 8, "images_per_test_person": 4, "image_size": 96},
     "pairs": {"genuine": 16, "folds": 4},
     "identities": {"count": 4, "images": 2, "max_similarity": 0.99},
