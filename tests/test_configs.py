@@ -8,7 +8,12 @@ from omegaconf import DictConfig, OmegaConf
 from utils.config import CONFIG_DIR, instantiate
 
 PRIMARY = sorted(path.stem for path in CONFIG_DIR.glob("*_config.yaml"))
-# Which entry point the experiments are for, by a section that only it has.
+# Which entry point an experiment is for: the one that its header's command names.
+SCRIPTS = {
+    "train_autoencoder.py": "train_autoencoder_config",
+    "recognition.train": "recognition_train_config",
+    "main.py": "train_config",
+}
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
 GROUPS = sorted(path for path in CONFIG_DIR.glob("*/*.yaml") if path.parent.name != "experiment")
 
@@ -94,7 +99,7 @@ def test_autoencoders(compose, name):
 def test_experiments(compose, name):
     header = (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text()
     assert "#   " in header and "Cost" in header  # its command and what it costs
-    script = "train_autoencoder_config" if "train_autoencoder.py" in header else "train_config"
+    script = next(config for name, config in SCRIPTS.items() if name in header)
     cfg = compose(script, f"experiment={name}")
     if script == "train_config":
         with torch.device("meta"):
