@@ -259,6 +259,15 @@ def test_minutes_end_a_run(run, face_folder):
     assert (face_folder / "short" / "vq_decoder.safetensors").is_file()
 
 
+def test_a_run_that_ends_before_quantisation_still_has_a_codebook(run, face_folder, caplog):
+    metrics = run("short", "training.max_minutes=1.0e-6", "autoencoder.n_embed=512")
+    assert metrics["steps"] == 1
+    assert "before training.quantization_start=2: the codebook is placed now" in caplog.text
+    codes = load_decoder(face_folder / "short" / "vq_decoder.safetensors").quantize.embedding.weight
+    # Codes spread like the latents; untouched, all lie within 1/512 of one point
+    assert codes.std(dim=0).norm() > 0.5 * metrics["latent_std"]
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(run, run_script, face_folder):
     together = [

@@ -152,7 +152,7 @@ def train(
         pixels = next(batches).to(device, non_blocking=True)  # uint8 (B, H, W, 3)
         real = to_float(pixels).to(memory_format=memory_format)  # pixels => float32 in [-1, 1], (B, 3, H, W)
         if step == cfg.quantization_start:
-            _place_codes(model, ema, images, cfg, device)
+            _place_codes(model, [model, ema.model], images, cfg, device)
 
         # Autoencoder: L1 + quantiser + adversarial loss
         with autocast(device, cfg.precision):
@@ -241,6 +241,14 @@ def train(
 
     # Result: the averaged weights, with latents centred and their deviation measured
     result = ema.model
+    if step <= cfg.quantization_start:
+        log.warning(
+            "the run ended at step %d, before training.quantization_start=%d: the codebook is placed now, but the "
+            "decoder was not trained with it",
+            step,
+            cfg.quantization_start,
+        )
+        _place_codes(result, [result], images, cfg, device)
     mean, std = measure_latents(result, images, cfg.batch_size, device)
     result.shift_latents(-mean)
     measured = evaluate(result, held_out, cfg.batch_size, device)
@@ -329,8 +337,10 @@ def _update(
 
 
 @torch.no_grad()
-def _place_codes(model: VQModel, ema: EMA, images: Images, cfg: TrainingSettings, device: torch.device) -> None:
-    """Fit the codebook by k-means to the latents of some training images; the same on every rank."""
+def _place_codes(
+    model: VQModel, owners: list[VQModel], images: Images, cfg: TrainingSettings, device: torch.device
+) -> None:
+    """Fit the codebook of `owners` by k-means to `model`'s latents of some training images; the same on every rank."""
     rng = np.random.default_rng(distributed.seed_for(cfg.seed, "codebook"))
     order = rng.permutation(len(images))
     rows: list[Tensor] = []
@@ -342,8 +352,8 @@ def _place_codes(model: VQModel, ema: EMA, images: Images, cfg: TrainingSettings
     generator = torch.Generator().manual_seed(distributed.seed_for(cfg.seed, "codebook"))
     codes = kmeans_codebook(torch.cat(rows), model.n_embed, generator=generator)
     codes = distributed.broadcast_object(codes.cpu()).to(device)
-    for codebook in (model.quantize.embedding.weight, ema.model.quantize.embedding.weight):
-        codebook.copy_(codes)
+    for owner in owners:
+        owner.quantize.embedding.weight.copy_(codes)
 
 
 def _revive(model: VQModel, ema: EMA, counts: Tensor, latents: Tensor, seed: int, step: int) -> int:
