@@ -5,7 +5,6 @@ whole global batch from a generator seeded with both, and every rank takes its s
 resumed ends with the same weights as one that was not, and two processes compute what one does with twice the batch.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,13 +24,14 @@ from diffusion.first_stage import FirstStage
 from diffusion.previews import draw_preview
 from diffusion.schedule import NoiseSchedule
 from utils import distributed
-from utils.checkpoint import CheckpointFolder, load_torch, strict_load, write_text
+from utils.checkpoint import CheckpointFolder, load_torch, strict_load
 from utils.config import UserError
 from utils.data.face_dataset import FaceDataset
 from utils.data.step_sampler import StepSampler
 from utils.ema import EMA
 from utils.images import write_image
 from utils.logging import ScalarLogger, get_logger
+from utils.metrics_file import MetricsFile
 from utils.precision import autocast, check_precision
 
 log = get_logger(__name__)
@@ -227,22 +227,6 @@ def train(
         log.info("step %d: %s", cfg.steps, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     scalars.close()
     return metrics
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one line a logged step; on resuming, lines past the checkpoint are dropped."""
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        self.path = path
-        if distributed.is_main() and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
-            write_text(path, "".join(line + "\n" for line in lines))
-
-    def append(self, values: dict[str, float]) -> None:
-        """Add one line, on rank 0."""
-        if distributed.is_main():
-            with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
 
 
 def _restore(state: dict[str, Any], unet: nn.Module, ema: EMA, optimizer: Any, lr_scheduler: Any, scaler: Any) -> int:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffusion.training_loop import MetricsFile
 from models.autoencoder.data import DatasetSettings, Images, split_images, training_batches
 from models.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss
 from models.autoencoder.modules import features_to_rows
@@ -35,6 +34,7 @@ from utils.data.step_sampler import StepSampler
 from utils.ema import EMA
 from utils.images import grid, to_float, to_uint8, write_image
 from utils.logging import ScalarLogger, get_logger
+from utils.metrics_file import MetricsFile
 from utils.precision import autocast, check_precision
 
 log = get_logger(__name__)
