@@ -13,7 +13,7 @@ class MetricsFile:
     def __init__(self, path: Path, first_step: int) -> None:
         self.path = path
         if distributed.is_main() and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+            lines = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
             write_text(path, "".join(line + "\n" for line in lines))
 
     def append(self, values: dict[str, float]) -> None:
@@ -21,3 +21,11 @@ class MetricsFile:
         if distributed.is_main():
             with self.path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step that a line is about; infinite for a line that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return float("inf")
