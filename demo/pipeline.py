@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import DictConfig
 
 from demo import people
@@ -65,7 +66,7 @@ class Pipeline:
         self.identities = settings(cfg.identities, IdentitySettings, "identities")
         self.scripts: dict[str, dict[str, Any]] = {name: plain(cfg[name]) for name in SCRIPTS}
         self.seed = int(cfg.seed)
-        self.processes = int(cfg.processes)
+        self.processes = min(int(cfg.processes), torch.cuda.device_count() or default_threads())
         self.data = None if cfg.data is None else Path(str(cfg.data)).expanduser()
         self.found = None if self.data is None else people.read_class_folders(self.data)
         self.reference = "rendered" if self.data is None else "real"
