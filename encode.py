@@ -35,7 +35,8 @@ class EncodeSettings:
     checkpoint: str
     input_dir: str
     output_dir: str
-    backbone: str | None
+    backbone: str | None  # name of a published file's network, with its input size below
+    input_size: int
     flip: bool
     batch_size: int
     device: str
@@ -63,7 +64,7 @@ def encode(options: EncodeSettings) -> None:
     if options.backbone is None:
         backbone = load_backbone(checkpoint)
     else:
-        backbone = load_published_backbone(checkpoint, options.backbone)
+        backbone = load_published_backbone(checkpoint, options.backbone, input_size=options.input_size)
     output_dir = Path(options.output_dir)
     description_file, parts = output_dir / "encoder.json", output_dir / ".parts"
     description = describe(options, names)
@@ -105,7 +106,10 @@ def _claim(parts: Path, description: dict[str, Any]) -> None:
 
 @entry_point("encode_config")
 def main(cfg: DictConfig) -> None:
-    encode(settings(cfg, EncodeSettings, ""))
+    published = cfg.get("backbone")  # a config group: the file itself says nothing of its network
+    chosen = {"backbone": published.name, "input_size": published.input_size} if published is not None else {}
+    own = {key: cfg[key] for key in cfg if key != "backbone"}
+    encode(settings({"backbone": None, "input_size": 112, **own, **chosen}, EncodeSettings, ""))
     logger.info("embeddings.npy and contexts.npy are in %s", cfg.output_dir)
 
 

@@ -38,6 +38,7 @@ def main(cfg: DictConfig) -> dict[str, float]:
         first_stage = load_first_stage(loop.checkpoint.VQEncoder, loop.checkpoint.VQDecoder, device)
     dataset = instantiate(cfg.dataset, "dataset")
     _check_contexts(cfg, dataset)
+    _check_size(cfg, unet, first_stage, device)
     if first_stage.encoder is not None and loop.cache_latents:
         first_stage.latents = cached_latents(
             dataset, first_stage.encoder, output_dir, batch_size=64, num_workers=loop.num_workers, device=device
@@ -60,6 +61,16 @@ def _check_contexts(cfg: DictConfig, dataset: object) -> None:
             f"model.context_input_channels: {cfg.model.context_input_channels}, but the embeddings are {width} wide; "
             f"give model.context_input_channels={width}"
         )
+
+
+@torch.no_grad()
+def _check_size(cfg: DictConfig, unet: torch.nn.Module, first_stage: FirstStage, device: torch.device) -> None:
+    """The latents' height and width must suit the network, which is known before any image is encoded."""
+    size = int(cfg.constants.image_size)
+    height = first_stage.encode(torch.zeros(1, 3, size, size, device=device)).shape[-1]
+    factor = size // height * unet.downscaling
+    if size % factor:
+        raise UserError(f"constants.image_size: {size}; autoencoder and network need a multiple of {factor}")
 
 
 if __name__ == "__main__":

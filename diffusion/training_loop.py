@@ -104,6 +104,7 @@ def train(
     settings that do not fit together, and when the loss stops being a number.
     """
     # Network, optimiser, average
+    _check_numbers(cfg)
     device = distributed.device(cfg.device)
     scale = _context_scale(cfg.context_scale, dataset)
     unet = unet.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
@@ -122,6 +123,9 @@ def train(
     if state is not None:
         first_step = _restore(state, unet, ema, optimizer, lr_scheduler, scaler)
         log.info("going on from step %d", first_step)
+        changed = sorted(_differences(state["config"], config))
+        if changed:
+            log.warning("going on with other settings than the checkpoint's: %s", ", ".join(changed))
     if first_step >= cfg.steps:
         log.info("the run is complete (%d steps); give another output_dir or more training.steps", first_step)
         return {}
@@ -229,11 +233,33 @@ def train(
     return metrics
 
 
+def _check_numbers(cfg: TrainingSettings) -> None:
+    """UserError for a number that cannot be."""
+    for key in ("steps", "batch_size", "steps_between_logging", "steps_between_sampling"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"training.{key}: {getattr(cfg, key)}; it is at least 1")
+    for key in ("steps_between", "keep"):
+        if getattr(cfg.checkpoint, key) < 1:
+            raise UserError(f"training.checkpoint.{key}: {getattr(cfg.checkpoint, key)}; it is at least 1")
+    if cfg.num_workers < 0:
+        raise UserError(f"training.num_workers: {cfg.num_workers}; it is 0 or more")
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    """The dotted keys in which two plain configurations differ, but for the run folder."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in old.keys() | new.keys():
+            if name != "output_dir":
+                yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new:
+        yield key
+
+
 def _restore(state: dict[str, Any], unet: nn.Module, ema: EMA, optimizer: Any, lr_scheduler: Any, scaler: Any) -> int:
     """Put a checkpoint's state into the objects; the number of steps done."""
     if state.get("kind") != "diffusion":
         raise UserError(f"training.checkpoint.path: a checkpoint of kind {state.get('kind')!r}, not 'diffusion'")
-    strict_load(unet, state["model"], "checkpoint")
+    strict_load(unet, state["model"], "the checkpoint in output_dir (or training.checkpoint.path)")
     ema.load_state_dict({"num_updates": state["ema_updates"], "model": state["ema"]})
     optimizer.load_state_dict(state["optimizer"])
     lr_scheduler.load_state_dict(state["lr_scheduler"])

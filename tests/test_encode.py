@@ -23,7 +23,7 @@ def options(tmp_path) -> EncodeSettings:
     for name in ("b/0", "b/1", "a/0", "a/1", "c/d/0"):
         write_image(tmp_path / "in" / f"{name}.png", generator.integers(0, 256, (40, 40, 3), dtype=np.uint8))
     folders = (str(tmp_path / "b.safetensors"), str(tmp_path / "in"), str(tmp_path / "out"))
-    return EncodeSettings(*folders, backbone=None, flip=True, batch_size=2, device="cpu")
+    return EncodeSettings(*folders, backbone=None, input_size=112, flip=True, batch_size=2, device="cpu")
 
 
 def test_embeddings_and_contexts_are_written(options, monkeypatch):

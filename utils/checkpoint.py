@@ -99,8 +99,11 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata of a safetensors file without its tensors; {} for any other file."""
     if Path(path).suffix != ".safetensors":
         return {}
-    with safe_open(str(path), framework="pt") as file:
-        return _decode_metadata(file.metadata())
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return _decode_metadata(file.metadata())
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
 
 def _decode_metadata(header: Mapping[str, str] | None) -> dict[str, Any]:

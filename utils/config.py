@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from utils import distributed
+from utils.errors import UserError as UserError  # stands here for everybody else
 from utils.logging import setup_logging
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -43,10 +44,6 @@ def sweep_folder(number: int, overrides: str) -> str:
 OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
 
 
-class UserError(Exception):
-    """A mistake in what the user gave; its text is one line: what was found, where, and what would be right."""
-
-
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make `main(cfg)` a command: compose `configs/<config_name>.yaml` with the command line, run, exit.
 
@@ -57,6 +54,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         mistakes: list[UserError | OmegaConfBaseException] = []
+        started: list[bool] = []  # not empty once `main` runs: file errors before that are about the run folder
 
         @functools.wraps(main)
         def task(cfg: DictConfig) -> Any:
@@ -72,12 +70,14 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 check_keys(cfg, [key for key in _known_keys(config_name) if "." not in key], "")
             distributed.init()
             setup_logging(cfg.get("output_dir"))
+            started.append(True)
             return main(cfg)
 
         @functools.wraps(main)
         def launch() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
             mistakes.clear()  # those of an earlier call in this process
+            started.clear()
             try:
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
                 if mistakes:
@@ -86,6 +86,10 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 _fail(str(error))
             except (HydraException, OmegaConfBaseException) as error:
                 _fail(_describe_composition_error(error, config_name))
+            except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+                if started:
+                    raise
+                _fail(f"output_dir: cannot make the folder {error.filename} ({error.strerror}); give another one")
             except KeyboardInterrupt:
                 sys.exit(130)
             finally:

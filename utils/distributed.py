@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from utils.errors import UserError
+
 
 def init() -> None:
     """Join the process group when torchrun started this process: nccl where CUDA is there, gloo elsewhere."""
@@ -50,6 +52,8 @@ def is_main() -> bool:
 def device(name: str = "auto") -> torch.device:
     """`auto`: this rank's GPU where there is one, else the CPU; any other name is taken as it is."""
     if name != "auto":
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"device: {name}, but torch sees no GPU here; give auto or cpu")
         return torch.device(name)
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
