@@ -227,10 +227,11 @@ class Pipeline:
         self.stages.run(f"sample_{name}", title, own, [f"samples/{name}"], work)
 
     def _align_samples(self) -> None:
+        in_blocks = {n: self.scripts[n].get("sampling", {}).get("save_mode") == "blocks" for n in GENERATED}
+
         def work(run: Commands) -> str:
             found = []
-            for name in GENERATED:
-                blocks = self.scripts[name].get("sampling", {}).get("save_mode") == "blocks"
+            for name, blocks in in_blocks.items():
                 aligned = f"samples/{name}_aligned" if blocks else f"generated/{name}"
                 folders = {"input_dir": self.path(f"samples/{name}"), "output_dir": self.path(aligned)}
                 run.script("align.py", folders, self.scripts["align"])
@@ -240,7 +241,7 @@ class Pipeline:
                 found.append(f"{100 * read_json(self.output_dir / aligned / ALIGNMENT)['rate']:.1f} %")
             return f"a face found in {found[0]} of the two-stage and {found[1]} of the one-stage images"
 
-        folders = ["generated", *(f"samples/{name}_aligned" for name in GENERATED)]
+        folders = ["generated", *(f"samples/{name}_aligned" for name, blocks in in_blocks.items() if blocks)]
         self.stages.run("align_samples", "Align what was drawn, split the blocks", self.scripts["align"], folders, work)
 
     def _test(self) -> None:

@@ -80,3 +80,16 @@ def test_mistakes_are_named(options, tmp_path):
     with pytest.raises(UserError, match=r"a/0\.png: not an image"):
         encode.encode(options)
     assert not (tmp_path / "out" / "embeddings.npy").exists()
+
+
+def test_a_published_file_is_named_by_the_config_group(compose, tmp_path):
+    from utils.checkpoint import save_torch
+
+    images, file = tmp_path / "faces", tmp_path / "ir_18.pth"
+    write_image(images / "a" / "0.png", np.full((32, 32, 3), 90, np.uint8))
+    save_torch(build_backbone("ir_18").state_dict(), file)
+    cfg = compose(
+        "encode_config", "backbone=ir_18", f"checkpoint={file}", f"input_dir={images}", f"output_dir={tmp_path / 'out'}"
+    )
+    encode.main.__wrapped__(cfg)
+    assert np.load(tmp_path / "out" / "embeddings.npy").shape == (1, 512)
