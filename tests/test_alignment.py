@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tests.drawn_face import LANDMARKS, draw_face
 from utils import alignment_job
 from utils.alignment import TEMPLATE, FaceAligner, norm_crop, similarity_matrix, warp
-from utils.alignment_job import AlignSettings, merge_reports, run_alignment
+from utils.alignment_job import AlignSettings, find_layout, merge_reports, run_alignment
 from utils.config import UserError
 from utils.images import read_block, read_image, write_block, write_image
 from utils.mtcnn import MTCNN, _crop, _summed_area, _suppress
@@ -265,3 +265,14 @@ def test_mistakes_are_named(tmp_path):
     write_image(tmp_path / "in" / "a" / "1.png", np.zeros((9, 9, 3), np.uint8))
     write_image(tmp_path / "in" / "a" / "1.jpg", np.zeros((9, 9, 3), np.uint8))
     assert "a/1.jpg and a/1.png would both become a/1.png" in error()
+
+
+def test_blocks_of_another_size_are_not_taken_for_faces(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_image(tmp_path / "in" / "00000.png", np.zeros((64, 256, 3), np.uint8))
+    (tmp_path / "in" / "sampling.json").write_text("{}")
+    options = settings(tmp_path / "in", tmp_path / "out", layout="auto")
+    with pytest.raises(UserError, match="say tile_size=64"):
+        find_layout(options, ["00000.png"])
+    options.tile_size = 64
+    assert find_layout(options, ["00000.png"]) == "blocks"

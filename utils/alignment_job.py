@@ -112,7 +112,16 @@ def find_layout(settings: AlignSettings, files: Sequence[str]) -> str:
         return settings.layout
     if any("/" in file for file in files):
         return "folders"
-    return "blocks" if _is_block(settings, files[0]) else "folders"
+    if _is_block(settings, files[0]):
+        return "blocks"
+    if (Path(settings.input_dir) / "sampling.json").exists():
+        # what sample.py drew without folders are blocks; taken for single faces, each would be squeezed into one
+        height, width = image_size(Path(settings.input_dir) / files[0])
+        raise UserError(
+            f"tile_size: {files[0]}, {width} x {height} pixels, is a block of sample.py; say tile_size={width // 4}, the "
+            "side of one of its images"
+        )
+    return "folders"
 
 
 def plan(settings: AlignSettings) -> tuple[str, list[Unit]]:
