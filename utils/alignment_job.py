@@ -118,8 +118,8 @@ def find_layout(settings: AlignSettings, files: Sequence[str]) -> str:
         # what sample.py drew without folders are blocks; taken for single faces, each would be squeezed into one
         height, width = image_size(Path(settings.input_dir) / files[0])
         raise UserError(
-            f"tile_size: {files[0]}, {width} x {height} pixels, is a block of sample.py; say tile_size={width // 4}, the "
-            "side of one of its images"
+            f"tile_size: {files[0]}, {width} x {height} pixels, is a block of sample.py; say "
+            f"tile_size={width // 4}, the side of one of its images"
         )
     return "folders"
 
