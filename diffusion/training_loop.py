@@ -301,9 +301,13 @@ def _batches(
         context = None
         if conditional:
             if same_identity is not None:
-                rng = np.random.default_rng(distributed.seed_for(cfg.seed, "permutation", step, distributed.rank()))
-                swap = rng.random(len(indices)) < cfg.context_permutation
-                indices = [int(rng.choice(same_identity[i])) if s else i for i, s in zip(indices, swap, strict=True)]
+                rng = np.random.default_rng(distributed.seed_for(cfg.seed, "permutation", step))
+                swap = rng.random(global_size)[mine] < cfg.context_permutation
+                which = rng.random(global_size)[mine]
+                others = [
+                    int(same_identity[i][int(w * len(same_identity[i]))]) for i, w in zip(indices, which, strict=True)
+                ]
+                indices = np.where(swap, others, indices).tolist()
             context = (dataset.embeddings[indices] * context_scale).to(device, non_blocking=True)
         yield Batch(
             x_0=x_0,

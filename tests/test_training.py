@@ -179,3 +179,33 @@ def test_step_sampler_passes_over_the_data_once_an_epoch():
     assert [item for batch in later for item in batch] == items[12:]
     assert {flip for _, flip in items} == {False, True}
     assert not any(flip for batch in StepSampler(10, 4, 3, 5, horizontal_flip=False) for _, flip in batch)
+
+
+def test_permuted_contexts_come_from_the_same_identity_at_any_world_size(compose, overrides, tmp_path, monkeypatch):
+    from diffusion import training_loop
+    from diffusion.first_stage import FirstStage
+    from diffusion.schedule import NoiseSchedule
+    from utils import distributed
+    from utils.config import instantiate
+
+    cfg = compose("train_config", *overrides, f"output_dir={tmp_path}")
+    dataset, unet = instantiate(cfg.dataset, "dataset"), instantiate(cfg.model, "model")
+    settings = training_loop.TrainingSettings(
+        steps=1, batch_size=8, num_workers=0, precision="fp32", context_permutation=1.0
+    )
+
+    def contexts(rank, world, batch_size):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
+        settings.batch_size = batch_size
+        device = torch.device("cpu")
+        batch = next(training_loop._batches(unet, NoiseSchedule(), dataset, FirstStage(), 1.0, settings, 0, device))
+        return batch.context
+
+    whole = contexts(0, 1, 8)
+    assert torch.equal(whole, torch.cat([contexts(0, 2, 4), contexts(1, 2, 4)]))
+    items = StepSampler(len(dataset), 8, settings.seed, 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
+    own = dataset.embeddings[[i for i, _ in items.local_batch(0)]]
+    assert not torch.equal(whole, own) and (whole * own).sum(dim=1).min() > 0.9
