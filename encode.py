@@ -68,9 +68,12 @@ def encode(options: EncodeSettings) -> None:
     output_dir = Path(options.output_dir)
     description_file, parts = output_dir / "encoder.json", output_dir / ".parts"
     description = describe(options, names)
-    if description_file.exists() and json.loads(description_file.read_text(encoding="utf-8")) == description:
-        logger.info("%s: embedded before", output_dir)
-        return
+    if description_file.exists():
+        found = json.loads(description_file.read_text(encoding="utf-8"))
+        if found == description:
+            logger.info("%s: embedded before", output_dir)
+            return
+        _check_same_settings(found, description, output_dir)
     files = [(start, parts / f"{start:08d}.npy") for start in range(0, len(names), PART_SIZE)]
     if distributed.is_main():
         _claim(parts, description)
@@ -94,6 +97,17 @@ def encode(options: EncodeSettings) -> None:
         write_json(description_file, description)
         shutil.rmtree(parts)
     distributed.barrier()
+
+
+def _check_same_settings(found: dict[str, Any], description: dict[str, Any], output_dir: Path) -> None:
+    """More images are embedded anew; with another network or folder, what is there may still be needed."""
+    for key in ("checkpoint_sha256", "input_dir", "backbone", "input_size", "flip"):
+        if found.get(key) != description[key]:
+            shown = "checkpoint" if key == "checkpoint_sha256" else key
+            raise UserError(
+                f"{shown}: {description[shown]}, but the embeddings in {output_dir} were made with {found.get(shown)}"
+                f"{' of other content' if found.get(shown) == description[shown] else ''}; give another output_dir"
+            )
 
 
 def _claim(parts: Path, description: dict[str, Any]) -> None:

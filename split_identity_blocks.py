@@ -16,7 +16,16 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.config import UserError, entry_point, existing_folder, settings
-from utils.images import block_tile_size, default_threads, image_size, list_images, read_block, read_image, write_image
+from utils.images import (
+    block_tile_size,
+    default_threads,
+    image_size,
+    list_images,
+    read_block,
+    read_image,
+    recorded_tile_size,
+    write_image,
+)
 from utils.logging import get_logger
 
 logger = get_logger("split")
@@ -66,7 +75,8 @@ def split_blocks(options: SplitSettings) -> int:
         other = identities.setdefault(str(PurePosixPath(file).with_suffix("")), file)
         if other != file:
             raise UserError(f"input_dir: {other} and {file} are blocks of the same identity; rename one")
-    sizes = {identity: tile_size_of(root / file, options.tile_size) for identity, file in identities.items()}
+    tile_size = options.tile_size or recorded_tile_size(root)
+    sizes = {identity: tile_size_of(root / file, tile_size) for identity, file in identities.items()}
     todo = [identity for identity in identities if not (Path(options.output_dir) / identity).exists()]
     distributed.barrier()  # all ranks have looked before one writes: they must share out the same list
     mine = distributed.share(todo)

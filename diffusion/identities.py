@@ -39,7 +39,7 @@ class Identities:
 def load_identities(unet: ConditionalUNet, contexts_file: str | None, n_contexts: int | None, seed: int) -> Identities:
     """Read the first `n_contexts` people (None: all) of `contexts_file`, or draw uniform contexts from `seed`.
 
-    Uniform contexts are normalised Gaussian vectors (IDiff-Face, ICCV 2023, section 3.3). An unconditional model and
+    Uniform contexts are normalised Gaussian vectors (IDiff-Face, ICCV 2023). An unconditional model and
     one with classes need no contexts. Raises UserError where file, number and model do not fit together.
     """
     needs_vectors = unet.is_context_conditional and unet.n_context_classes == 0

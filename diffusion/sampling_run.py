@@ -8,9 +8,9 @@ Legend: B images, C channels, h w height and width of what is diffused, H W of t
 import functools
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,16 +27,14 @@ from utils import distributed
 from utils.config import UserError
 from utils.images import resize, to_uint8
 from utils.logging import get_logger
-from utils.precision import autocast, check_precision
+from utils.precision import autocast, check_precision, warn_of_emulation
 
 log = get_logger(__name__)
 
 AUTO = "auto"
-# UIFace (ICLR 2025, section 4.1); it belongs to the published model at the published number of steps
+# UIFace (ICLR 2025); it belongs to the published model at the published number of steps
 PUBLISHED_THRESHOLD, PUBLISHED_NUM_STEPS = 0.006, 50
 _SEED_BITS = 53  # seeds stand in the manifest, and JSON readers keep integers exactly up to here
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -80,6 +78,7 @@ def draw_data_set(
     folder holds images of other settings.
     """
     device = distributed.device(cfg.device)
+    warn_of_emulation(cfg.precision, device)
     generator.to(device)
     store = SampleStore(cfg.save_dir, cfg.save_mode)
     has_stages = "threshold" in sampler.keywords
@@ -92,7 +91,7 @@ def draw_data_set(
             calibration = read_calibration(store.folder) or measure(generator, sampler, identities, cfg, device)
         return calibration, store.missing(identities.names, cfg.n_samples_per_context, with_series=has_stages)
 
-    calibration, units = on_main(prepare)
+    calibration, units = distributed.on_main(prepare)
     if calibration is not None:
         log.info(
             "threshold %.4g: the median of %d images switches at t = %d",
@@ -305,20 +304,6 @@ def fixed_settings(
         fixed["sampling.calibration.target_t"] = cfg.calibration.target_t
         fixed["sampling.calibration.n_contexts"] = cfg.calibration.n_contexts
     return fixed
-
-
-def on_main(work: Callable[[], T]) -> T:
-    """What `work` returns on the main process, on all of them; so too its UserError."""
-    outcome, mistake = None, None
-    if distributed.is_main():
-        try:
-            outcome = work()
-        except UserError as error:
-            mistake = str(error)
-    outcome, mistake = distributed.broadcast_object((outcome, mistake))
-    if mistake is not None:
-        raise UserError(mistake)
-    return outcome
 
 
 def _sizes(identities: Identities, cfg: SamplingSettings) -> dict[str, int]:

@@ -32,7 +32,7 @@ from utils.ema import EMA
 from utils.images import write_image
 from utils.logging import ScalarLogger, get_logger
 from utils.metrics_file import MetricsFile
-from utils.precision import autocast, check_precision
+from utils.precision import autocast, check_precision, warn_of_emulation
 
 log = get_logger(__name__)
 
@@ -72,6 +72,21 @@ class TrainingSettings:
     steps_of_checkpoints: list[int] = field(default_factory=list)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "steps_between_logging", "steps_between_sampling"):
+            if getattr(self, key) < 1:
+                raise UserError(f"training.{key}: {getattr(self, key)}; it is at least 1")
+        for key in ("steps_between", "keep"):
+            if getattr(self.checkpoint, key) < 1:
+                raise UserError(f"training.checkpoint.{key}: {getattr(self.checkpoint, key)}; it is at least 1")
+        if self.num_workers < 0:
+            raise UserError(f"training.num_workers: {self.num_workers}; it is 0 or more")
+        if self.gradient_clip is not None and self.gradient_clip <= 0:
+            raise UserError(f"training.gradient_clip: {self.gradient_clip}; it is above 0, or null")
+        if not 0 <= self.context_permutation <= 1:
+            raise UserError(f"training.context_permutation: {self.context_permutation}; it is a share from 0 to 1")
+        check_precision(self.precision)
+
 
 @dataclass
 class Batch:
@@ -104,8 +119,8 @@ def train(
     settings that do not fit together, and when the loss stops being a number.
     """
     # Network, optimiser, average
-    _check_numbers(cfg)
     device = distributed.device(cfg.device)
+    warn_of_emulation(cfg.precision, device)
     scale = _context_scale(cfg.context_scale, dataset)
     unet = unet.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     optimizer = make_optimizer(unet.parameters())
@@ -231,18 +246,6 @@ def train(
         log.info("step %d: %s", cfg.steps, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     scalars.close()
     return metrics
-
-
-def _check_numbers(cfg: TrainingSettings) -> None:
-    """UserError for a number that cannot be."""
-    for key in ("steps", "batch_size", "steps_between_logging", "steps_between_sampling"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"training.{key}: {getattr(cfg, key)}; it is at least 1")
-    for key in ("steps_between", "keep"):
-        if getattr(cfg.checkpoint, key) < 1:
-            raise UserError(f"training.checkpoint.{key}: {getattr(cfg.checkpoint, key)}; it is at least 1")
-    if cfg.num_workers < 0:
-        raise UserError(f"training.num_workers: {cfg.num_workers}; it is 0 or more")
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:

@@ -31,7 +31,7 @@ FILTERS = (
 class Augmentation:
     """Probabilities of the operations, each drawn on its own, applied in the order of the fields.
 
-    `crop`, `low_resolution` and `photometric` are those of AdaFace (Kim et al., CVPR 2022, section 4.1); `resized_crop`
+    `crop`, `low_resolution` and `photometric` are those of AdaFace (Kim et al., CVPR 2022); `resized_crop`
     instead blows the crop up to the whole image, as ADMIS trains (FRCSyn, CVPR 2024).
     """
 

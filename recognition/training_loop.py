@@ -27,7 +27,7 @@ from utils.config import UserError
 from utils.distributed import seed_for
 from utils.images import default_threads, to_float
 from utils.logging import ScalarLogger, get_logger
-from utils.precision import DTYPES, autocast
+from utils.precision import DTYPES, autocast, warn_of_emulation
 
 log = get_logger(__name__)
 
@@ -138,6 +138,7 @@ def train(
     output_dir = Path(output_dir)
     rank, world_size = distributed.rank(), distributed.world_size()
     device = distributed.device(settings.device)
+    warn_of_emulation(settings.precision, device)
     global_batch = settings.batch_size * world_size
     identities = dataset.folders.identities
 

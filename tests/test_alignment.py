@@ -267,12 +267,20 @@ def test_mistakes_are_named(tmp_path):
     assert "a/1.jpg and a/1.png would both become a/1.png" in error()
 
 
-def test_blocks_of_another_size_are_not_taken_for_faces(tmp_path):
+def test_blocks_drawn_at_another_size_are_cut_by_their_record(tmp_path):
     (tmp_path / "in").mkdir()
     write_image(tmp_path / "in" / "00000.png", np.zeros((64, 256, 3), np.uint8))
-    (tmp_path / "in" / "sampling.json").write_text("{}")
     options = settings(tmp_path / "in", tmp_path / "out", layout="auto")
-    with pytest.raises(UserError, match="say tile_size=64"):
-        find_layout(options, ["00000.png"])
-    options.tile_size = 64
+    options.check()
+    assert find_layout(options, ["00000.png"]) == "folders", "a picture like any other, without the record"
+    (tmp_path / "in" / "sampling.json").write_text('{"fixed": {"sampling.save_mode": "blocks"}}')
+    options.check()
+    assert options.tile_size == 64
     assert find_layout(options, ["00000.png"]) == "blocks"
+
+
+def test_nothing_but_failures_is_a_mistake(tmp_path):
+    write_image(tmp_path / "in" / "a" / "0.png", np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(UserError, match="input_dir: no image was aligned of 1 in"):
+        run_alignment(settings(tmp_path / "in", tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "alignment_summary.json").read_text())["failed"] == 1

@@ -80,8 +80,12 @@ def test_paths_that_are_not_there(tmp_path):
         (["dataset=folder", "dataset.samples_root=/nowhere", "latent_diffusion=false"], "no such folder: /nowhere"),
         (["training.checkpoint.VQEncoder=/nowhere.pt"], "training.checkpoint.VQEncoder: no such file: /nowhere.pt"),
         (["model.initial_channels=50"], "initial_channels"),
+        (["training.steps=0"], "training.steps: 0; it is at least 1"),
+        (["training.checkpoint.keep=0"], "training.checkpoint.keep: 0; it is at least 1"),
+        (["training.context_permutation=2"], "training.context_permutation: 2.0; it is a share from 0 to 1"),
         (["+colour=red"], "colour: unknown key"),
-        (["training.precision=fp8", "dataset.samples_root=/"], "VQEncoder: not set"),
+        (["training.precision=fp8"], "precision: 'fp8' is not one of fp32, bf16, fp16"),
+        (["dataset.samples_root=/"], "VQEncoder: not set"),
     ],
 )
 def test_command_line_mistakes(run_script, tmp_path, arguments, message):
@@ -89,6 +93,14 @@ def test_command_line_mistakes(run_script, tmp_path, arguments, message):
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], done.stderr
+
+
+@pytest.mark.slow
+def test_an_output_folder_that_cannot_be_made(run_script, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run_script("main.py", f"output_dir={tmp_path / 'file' / 'run'}", check=False)
+    assert done.returncode == 2
+    assert "error: output_dir: cannot make the folder" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

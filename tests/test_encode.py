@@ -58,11 +58,24 @@ def test_a_killed_run_resumes(options, monkeypatch):
     assert embedded == [["a/0.png", "a/1.png"], ["b/0.png", "b/1.png"], ["b/0.png", "b/1.png"], ["c/d/0.png"]]
     encode.encode(options)
     assert len(embedded) == 4, "nothing is left to do"
-    # another description starts anew
-    encode.encode(replace(options, flip=False))
+    # a new image starts anew
+    write_image(Path(options.input_dir) / "e" / "0.png", np.full((40, 40, 3), 9, np.uint8))
+    encode.encode(options)
     assert len(embedded) == 7
     description = json.loads((Path(options.output_dir) / "encoder.json").read_text())
-    assert description["images"] == 5 and description["flip"] is False
+    assert description["images"] == 6
+
+
+def test_embeddings_made_otherwise_are_not_overwritten(options, tmp_path):
+    encode.encode(options)
+    before = (Path(options.output_dir) / "embeddings.npy").read_bytes()
+    with pytest.raises(UserError, match=r"flip: False, but the embeddings in .* were made with True; give another"):
+        encode.encode(replace(options, flip=False))
+    torch.manual_seed(1)
+    save_backbone(build_backbone("iresnet18", input_size=32, num_features=16, width=0.125), tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match=r"checkpoint: .* of other content; give another output_dir"):
+        encode.encode(options)
+    assert (Path(options.output_dir) / "embeddings.npy").read_bytes() == before
 
 
 def test_mistakes_are_named(options, tmp_path):

@@ -40,6 +40,12 @@ def test_other_tile_sizes_are_said(tmp_path):
     assert split(tmp_path, tile_size=64) == 3
 
 
+def test_sampled_blocks_are_cut_by_their_record(tmp_path):
+    write_image(tmp_path / "in" / "a.png", write_block(tiles(3, 32), 4))
+    (tmp_path / "in" / "sampling.json").write_text('{"fixed": {"sampling.save_mode": "blocks"}}')
+    assert split(tmp_path) == 3
+
+
 def test_a_killed_split_resumes_with_whole_identities(tmp_path, monkeypatch):
     for name in "abc":
         write_image(tmp_path / "in" / f"{name}.png", write_block(tiles(5, 112), 5))

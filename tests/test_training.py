@@ -119,6 +119,12 @@ def test_two_processes_compute_what_one_does(run_script, overrides, tmp_path):
     assert difference < 1e-4 * sum(one[k].square().sum().item() for k in one) ** 0.5
 
 
+def test_a_size_that_does_not_suit_the_network_is_named(compose, overrides, tmp_path):
+    cfg = compose("train_config", *overrides, f"output_dir={tmp_path}", "constants.image_size=17")
+    with pytest.raises(UserError, match=r"constants\.image_size: 17; autoencoder and network need a multiple of 2"):
+        run(cfg)
+
+
 def test_latents_are_cached_and_a_stale_cache_is_refused(compose, overrides, face_folder, tmp_path):
     from models.autoencoder.vqgan import VQModel, save_autoencoder
 

@@ -11,11 +11,11 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from utils.images import (
     list_images,
     read_block,
     read_image,
+    recorded_tile_size,
     resize,
     write_block,
     write_image,
@@ -46,7 +47,6 @@ STATUSES = ("aligned", "resized", "failed", "discarded")
 
 logger = get_logger(__name__)
 Record = dict[str, Any]
-T = TypeVar("T")
 
 
 @dataclass
@@ -81,6 +81,8 @@ class AlignSettings:
             raise UserError(f"min_face_size: {self.min_face_size}; it is at least 1 pixel, 20 suits photographs")
         if self.detection_padding < 0 or self.detection_size < 1:
             raise UserError("detection_size, detection_padding: at least 1 pixel and a share of at least 0")
+        if self.tile_size is None:
+            self.tile_size = recorded_tile_size(self.input_dir)
         if self.processes is not None and self.processes < 1:
             raise UserError(f"processes: {self.processes}; it is at least 1, or null")
         if self.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
@@ -114,13 +116,6 @@ def find_layout(settings: AlignSettings, files: Sequence[str]) -> str:
         return "folders"
     if _is_block(settings, files[0]):
         return "blocks"
-    if (Path(settings.input_dir) / "sampling.json").exists():
-        # what sample.py drew without folders are blocks; taken for single faces, each would be squeezed into one
-        height, width = image_size(Path(settings.input_dir) / files[0])
-        raise UserError(
-            f"tile_size: {files[0]}, {width} x {height} pixels, is a block of sample.py; say "
-            f"tile_size={width // 4}, the side of one of its images"
-        )
     return "folders"
 
 
@@ -334,20 +329,6 @@ def _prepare(settings: AlignSettings) -> set[str]:
     }
 
 
-def _on_main(function: Callable[[], T]) -> T:
-    """Rank 0's result of `function` on every rank; a user's mistake that rank 0 finds ends every rank."""
-    outcome: T | UserError | None = None
-    if distributed.is_main():
-        try:
-            outcome = function()
-        except UserError as error:
-            outcome = error
-    outcome = distributed.broadcast_object(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome
-
-
 def run_alignment(settings: AlignSettings) -> Record:
     """Align everything in settings.input_dir that is not done yet; returns the summary (on every rank).
 
@@ -355,7 +336,7 @@ def run_alignment(settings: AlignSettings) -> Record:
     settings.output_dir. Units are split over ranks, and within a rank over worker processes.
     """
     settings.check()
-    layout, units, done = _on_main(lambda: (*plan(settings), _prepare(settings)))
+    layout, units, done = distributed.on_main(lambda: (*plan(settings), _prepare(settings)))
     todo = [unit for unit in units if not done.issuperset(unit.files)]
     total = sum(len(unit.files) for unit in units)
     logger.info("%s: %s, %d files, %d done before", settings.input_dir, layout, total, len(done))
@@ -374,8 +355,13 @@ def run_alignment(settings: AlignSettings) -> Record:
             bar.update(len({record["file"] for record in records}))
             bar.set_postfix(counts, refresh=False)
     distributed.barrier()
-    summary = _summarise(settings, layout, time.monotonic() - started, done) if distributed.is_main() else None
-    return distributed.broadcast_object(summary)
+    summary = distributed.on_main(lambda: _summarise(settings, layout, time.monotonic() - started, done))
+    if not summary["aligned"] + summary["resized"]:
+        raise UserError(
+            f"input_dir: no image was aligned of {summary['images']} in {settings.input_dir}; "
+            f"{output_dir / REPORT} says why (min_face_size and detection_size decide how small a face may be)"
+        )
+    return summary
 
 
 def _summarise(settings: AlignSettings, layout: str, seconds: float, done: set[str]) -> Record:

@@ -23,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from tqdm import tqdm
 
 from utils import distributed
 from utils.errors import UserError as UserError  # stands here for everybody else
@@ -104,6 +105,8 @@ def _fail(message: str) -> None:
     """Print one line and leave with status 2."""
     if distributed.rank() != 0:
         time.sleep(3)  # rank 0 reports a mistake that all ranks share; torchrun then ends this one before it speaks
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # the message gets a line of its own
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     sys.stderr.flush()
     if distributed.world_size() > 1:

@@ -195,7 +195,7 @@ def save_rows(path: str | Path, rows: np.ndarray) -> None:
 
 
 def uniform_contexts(count: int, width: int, seed: int) -> np.ndarray:
-    """(count, width) directions drawn uniformly: normalised Gaussian vectors (IDiff-Face, ICCV 2023, section 3.3).
+    """(count, width) directions drawn uniformly: normalised Gaussian vectors (IDiff-Face, ICCV 2023).
 
     The first rows do not depend on `count`.
     """

@@ -2,14 +2,16 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
+
+T = TypeVar("T")
 
 
 def init() -> None:
@@ -89,6 +91,20 @@ def broadcast_object(obj: Any) -> Any:
     box = [obj]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, on every rank; a user's mistake that rank 0 finds ends every rank."""
+    outcome: T | UserError | None = None
+    if is_main():
+        try:
+            outcome = work()
+        except UserError as error:
+            outcome = error
+    outcome = broadcast_object(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 def share(items: Sequence[Any]) -> Sequence[Any]:

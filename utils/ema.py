@@ -13,7 +13,7 @@ class EMA:
     At update n = 1, 2, ... the decay is min(decay, 1 - (1 + max(0, n - 2) / inv_gamma)^-power), so 0 for the first two
     updates: the average starts from weights that have been trained, not from the initial ones. With the defaults it is
     the warm-up of the IDiff-Face and UIFace training configurations; `decay=0.999` with `power=None` is the plain
-    average of the UIFace paper (appendix A.1). Buffers are copied, not averaged.
+    average of the UIFace paper (appendix). Buffers are copied, not averaged.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ only bridge: pixels are uint8 (..., H, W, 3) RGB in 0..255; network inputs are f
 """
 
 import io
+import json
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -196,6 +197,17 @@ def read_block(image: np.ndarray, tile_size: int) -> np.ndarray:
 def block_tile_size(width: int) -> int | None:
     """Tile size of a block of this width in pixels: 4 tiles of 128 as sampled, 5 of 112 as aligned, else None."""
     return {size * columns: size for size, columns in (SAMPLED_BLOCK, ALIGNED_BLOCK)}.get(width)
+
+
+def recorded_tile_size(folder: str | Path) -> int | None:
+    """Tile size in pixels of the blocks that sample.py drew into `folder`, by its record; None for any other folder."""
+    record = Path(folder) / "sampling.json"
+    if not record.is_file():
+        return None
+    if json.loads(record.read_text(encoding="utf-8"))["fixed"].get("sampling.save_mode") != "blocks":
+        return None
+    block = next(Path(folder).glob("*.png"), None)
+    return None if block is None else image_size(block)[1] // SAMPLED_BLOCK[1]
 
 
 def default_threads() -> int:

@@ -3,6 +3,9 @@
 import torch
 
 from utils.config import UserError
+from utils.logging import get_logger
+
+log = get_logger(__name__)
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -12,6 +15,13 @@ def check_precision(name: str) -> str:
     if name not in DTYPES:
         raise UserError(f"precision: {name!r} is not one of {', '.join(DTYPES)}")
     return name
+
+
+def warn_of_emulation(name: str, device: torch.device) -> None:
+    """Say so where the CPU only emulates precision `name`: that is many times slower than fp32, not faster."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if device.type == "cpu" and (name == "fp16" or (name == "bf16" and capability in ("DEFAULT", "AVX2"))):
+        log.warning("precision: %s is emulated by this CPU (%s); fp32 is many times faster", name, capability)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -35,7 +35,7 @@ from utils.ema import EMA
 from utils.images import grid, to_float, to_uint8, write_image
 from utils.logging import ScalarLogger, get_logger
 from utils.metrics_file import MetricsFile
-from utils.precision import autocast, check_precision
+from utils.precision import autocast, check_precision, warn_of_emulation
 
 log = get_logger(__name__)
 
@@ -90,6 +90,7 @@ def train(
     """
     _check(cfg, dataset, autoencoder)
     device = distributed.device(cfg.device)
+    warn_of_emulation(cfg.precision, device)
 
     # Networks, optimisers, average
     torch.manual_seed(distributed.seed_for(cfg.seed, "weights"))

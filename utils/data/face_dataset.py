@@ -73,7 +73,8 @@ class FaceDataset(Dataset):
                 f"{len(present)} images there, {found} matched, {found - len(keep)} excluded); "
                 "check samples_root and sample_file_ending"
             )
-        log.info(
+        report = log.info if found > len(names) / 2 else log.warning  # few matches: another folder, or another ending
+        report(
             "%d images of %d identities in %s (%d names without an image, %d images of excluded identities left out)",
             len(rows),
             len({PurePosixPath(name).parent.as_posix() for name in self.names}),
