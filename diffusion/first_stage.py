@@ -6,25 +6,25 @@ before quantisation, and the decoder quantises. Legend: B batch, C channels, H W
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.autoencoder.vqgan import load_decoder, load_encoder
 from utils.config import UserError, existing_file
+from utils.data.latents import LatentCache
 
 
 @dataclass
 class FirstStage:
     """Images (B, 3, H, W) in [-1, 1] <=> x_0 (B, C, h, w), latents times `latent_scale`; pixel space without networks.
 
-    `latents` (n, 2, C, h, w), where cached, are the unscaled latents of every training image and of its mirror image.
+    `latents`, where cached, holds the unscaled latents of every training image and of its mirror image.
     """
 
     encoder: nn.Module | None = None
     decoder: nn.Module | None = None
     latent_scale: float = 1.0
-    latents: np.ndarray | None = None
+    latents: LatentCache | None = None
 
     def encode(self, images: Tensor) -> Tensor:
         """images in [-1, 1] => x_0."""
@@ -37,8 +37,7 @@ class FirstStage:
 
     def cached(self, rows: list[int], mirrored: list[bool]) -> Tensor:
         """x_0 of these images out of the cache, float32 (B, C, h, w) on the CPU."""
-        latents = self.latents[rows, np.asarray(mirrored, dtype=np.int64)].astype(np.float32)
-        return torch.from_numpy(latents) * self.latent_scale
+        return torch.from_numpy(self.latents.take(rows, mirrored)) * self.latent_scale
 
 
 def load_first_stage(

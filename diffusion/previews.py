@@ -1,4 +1,4 @@
-"""A look at a model in training: what it draws without an identity, and for a few fixed identities."""
+"""A look at a model in training: what it draws without an identity, for a few fixed identities, and for new ones."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,12 @@ from diffusion.first_stage import FirstStage
 from diffusion.samplers import sample_ddim
 from diffusion.schedule import NoiseSchedule
 from utils import distributed
+from utils.contexts import uniform_contexts
 from utils.data.face_dataset import FaceDataset
 from utils.images import centre_square, grid, read_image, resize, to_uint8
 
 IDENTITIES = 5
+NEW_IDENTITIES = 2
 COLUMNS = 8
 NUM_STEPS = 25
 
@@ -27,9 +29,10 @@ def draw_preview(
     context_scale: float,
     seed: int,
 ) -> np.ndarray:
-    """A grid, uint8 (H, W, 3): a row for the empty context, then one row an identity, its training image first.
+    """A grid, uint8 (H, W, 3), a row each: the empty context; people of the data set, the image of the context first;
+    people who do not exist (uniform contexts).
 
-    Drawn with DDIM from the same noise and for the same identities each time, so that previews can be compared.
+    Drawn with DDIM from the same noise and for the same contexts each time, so that previews can be compared.
     `latent_shape` is (C, h, w). An unconditional model gets the first row only.
     """
     device = next(unet.parameters()).device
@@ -48,4 +51,7 @@ def draw_preview(
             drawn = draw(context)
             drawn[0] = resize(centre_square(read_image(dataset.root / dataset.names[index])), drawn.shape[1])
             rows.append(drawn)
+        new = uniform_contexts(NEW_IDENTITIES, dataset.embeddings.shape[1], seed)  # (NEW_IDENTITIES, D)
+        for context in torch.from_numpy(new) * context_scale:
+            rows.append(draw(context.to(device).expand(COLUMNS, -1)))
     return grid(np.concatenate(rows), COLUMNS)

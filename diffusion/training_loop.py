@@ -5,10 +5,12 @@ whole global batch from a generator seeded with both, and every rank takes its s
 resumed ends with the same weights as one that was not, and two processes compute what one does with twice the batch.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,22 @@ from diffusion.schedule import NoiseSchedule
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, load_torch, strict_load
 from utils.config import UserError
+from utils.curves import plot_metrics
 from utils.data.face_dataset import FaceDataset
+from utils.data.prefetch import prefetch
 from utils.data.step_sampler import StepSampler
 from utils.ema import EMA
+from utils.guards import FiniteSteps, MovingLoss, save_or_warn, write_or_warn
 from utils.images import write_image
+from utils.interruption import StopRequest
 from utils.logging import ScalarLogger, get_logger
 from utils.metrics_file import MetricsFile
 from utils.precision import autocast, check_precision, warn_of_emulation
 
 log = get_logger(__name__)
+
+CURVES = "training.png"
+PATIENCE = 2000  # steps after which a loss should have moved
 
 
 @dataclass
@@ -65,16 +74,27 @@ class TrainingSettings:
     horizontal_flip: bool = True
     cache_latents: bool = True  # encode every image once; false runs the encoder in every step
     gradient_clip: float | None = None  # largest norm of the gradient
+    micro_batch_size: int | None = None  # images computed at once, gradients added up; None: the whole batch
+    activation_checkpointing: bool = False  # compute activations twice instead of keeping them
+    max_bad_steps: int = 25  # so many steps in a row without a finite gradient end the run
     channels_last: bool = True
     compile: bool = False
     steps_between_logging: int = 100
-    steps_between_sampling: int = 5000
+    steps_between_sampling: int | None = 5000  # steps between previews, and at the end; None: none
+    wandb_project: str | None = None  # also log to this project of Weights & Biases
     steps_of_checkpoints: list[int] = field(default_factory=list)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "steps_between_logging", "steps_between_sampling"):
-            if getattr(self, key) < 1:
+        for key in (
+            "steps",
+            "batch_size",
+            "micro_batch_size",
+            "max_bad_steps",
+            "steps_between_logging",
+            "steps_between_sampling",
+        ):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise UserError(f"training.{key}: {getattr(self, key)}; it is at least 1")
         for key in ("steps_between", "keep"):
             if getattr(self.checkpoint, key) < 1:
@@ -98,6 +118,13 @@ class Batch:
     noise: Tensor  # (B, C, H, W)
     empty_mask: Tensor | None  # (B,) bool
     element_mask: Tensor | None  # (B, context channels) bool
+    indices: list[int]  # of the images
+
+    def split(self, size: int | None) -> Iterator["Batch"]:
+        """The batch in parts of at most `size` images; whole for None."""
+        for start in range(0, len(self.x_0), size or len(self.x_0)):
+            part = slice(start, start + (size or len(self.x_0)))
+            yield Batch(*(None if value is None else value[part] for value in vars(self).values()))
 
 
 def train(
@@ -131,12 +158,14 @@ def train(
 
     # Resume
     folder = CheckpointFolder(output_dir / "checkpoints", cfg.checkpoint.keep, tuple(cfg.steps_of_checkpoints))
-    first_step = 0
+    first_step, losses, skipped = 0, [], 0  # losses since the last logged step, a scalar each
     state = folder.load_latest() if cfg.checkpoint.restore else None
     if state is None and cfg.checkpoint.path is not None:
         state = load_torch(cfg.checkpoint.path)
     if state is not None:
         first_step = _restore(state, unet, ema, optimizer, lr_scheduler, scaler)
+        losses = [torch.tensor(loss, device=device) for loss in state.get("losses", [])]
+        skipped = state.get("skipped_steps", 0)
         log.info("going on from step %d", first_step)
         changed = sorted(_differences(state["config"], config))
         if changed:
@@ -146,11 +175,12 @@ def train(
         return {}
 
     # From here on `net` computes the loss: compiled and wrapped, same weights
+    unet.activation_checkpointing = cfg.activation_checkpointing
     net = torch.compile(unet) if cfg.compile else unet
     if distributed.world_size() > 1:
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
-    batches = _batches(unet, schedule, dataset, first_stage, scale, cfg, first_step, device)
-    scalars = ScalarLogger(output_dir)
+    batches = prefetch(_batches(unet, schedule, dataset, first_stage, scale, cfg, first_step, device))
+    scalars = ScalarLogger(output_dir, cfg.wandb_project, config)
     metrics_file = MetricsFile(output_dir / "metrics.jsonl", first_step)
     log.info(
         "%.1f M parameters, %d images, %d steps of %d x %d, %s on %s",
@@ -165,87 +195,130 @@ def train(
 
     # Train
     net.train()
-    losses: list[Tensor] = []
+    finite_steps, moving_loss = FiniteSteps(cfg.max_bad_steps, skipped), MovingLoss(PATIENCE)
     metrics: dict[str, float] = {}
-    tick = time.perf_counter()
+    waited, images, tick = 0.0, 0, time.perf_counter()
     progress = tqdm(
         range(first_step, cfg.steps), initial=first_step, total=cfg.steps, disable=not distributed.is_main()
     )
-    for step, batch in zip(progress, batches, strict=True):
-        done = step + 1
-        with autocast(device, cfg.precision):
-            loss = training_loss(
-                net,
-                batch.x_0,
-                batch.t,
-                batch.noise,
-                batch.context,
-                schedule,
-                empty_mask=batch.empty_mask,
-                element_mask=batch.element_mask,
-            )
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        if cfg.gradient_clip is not None:
+    with StopRequest() as stop:
+        for step in progress:
+            done = step + 1
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            images += len(batch.x_0) * distributed.world_size()
+
+            optimizer.zero_grad(set_to_none=True)
+            loss = _backward(net, batch, schedule, scaler, cfg)
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(unet.parameters(), cfg.gradient_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        lr_scheduler.step()
-        ema.update(unet)
-        losses.append(loss.detach())
+            # The same on every rank: DDP has averaged the gradients. The one point where the host waits for the device.
+            norm = nn.utils.get_total_norm([p.grad for p in unet.parameters() if p.grad is not None])
+            taken = finite_steps.take(norm, done, lambda batch=batch: [dataset.names[i] for i in batch.indices])
+            if taken and cfg.gradient_clip is not None:
+                nn.utils.clip_grads_with_norm_(unet.parameters(), cfg.gradient_clip, norm)
+            if taken or scaler.is_enabled():  # the scaler skips the step itself, and needs to know
+                scaler.step(optimizer)
+                scaler.update()
+            lr_scheduler.step()
+            if taken:
+                ema.update(unet)
+                losses.append(loss)
 
-        # Log
-        if done % cfg.steps_between_logging == 0 or done == cfg.steps:
-            seconds = time.perf_counter() - tick
-            mean_loss = distributed.all_reduce_mean(torch.stack(losses).mean()).item()
-            if not math.isfinite(mean_loss):
-                raise UserError(
-                    f"training: the loss is {mean_loss} at step {done}; try a smaller learning rate, "
-                    "training.gradient_clip=1, or training.precision=bf16; the last checkpoint is kept"
-                )
-            images = len(losses) * cfg.batch_size * distributed.world_size()
-            metrics = {
-                "loss": mean_loss,
-                "lr": lr_scheduler.get_last_lr()[0],
-                "images_per_second": images / seconds,
-                "ema_decay": ema.decay_at(ema.num_updates),
-            }
-            scalars.scalars({f"train/{name}": value for name, value in metrics.items()}, done)
-            metrics_file.append({"step": done, **metrics})
-            progress.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{images / seconds:.0f}", refresh=False)
-            losses, tick = [], time.perf_counter()
-
-        # Look
-        if done % cfg.steps_between_sampling == 0 or done == cfg.steps:
-            if distributed.is_main():
-                preview = draw_preview(ema.model, schedule, dataset, first_stage, batch.x_0.shape[1:], scale, cfg.seed)
-                write_image(output_dir / "previews" / f"step_{done:08d}.png", preview)
-                scalars.image("preview", preview, done)
-            distributed.barrier()
-
-        # Save
-        if done % cfg.checkpoint.steps_between == 0 or done in cfg.steps_of_checkpoints or done == cfg.steps:
-            if distributed.is_main():
-                state = {
-                    "kind": "diffusion",
-                    "model": unet.state_dict(),
-                    "ema": ema.model.state_dict(),
-                    "ema_updates": ema.num_updates,
-                    "optimizer": optimizer.state_dict(),
-                    "lr_scheduler": lr_scheduler.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "config": config,
-                    "latent_scale": first_stage.latent_scale,
-                    "latent_shape": list(batch.x_0.shape[1:]),
-                    "context_scale": scale,
+            # Log
+            if done % cfg.steps_between_logging == 0 or done == cfg.steps:
+                seconds = time.perf_counter() - tick
+                metrics = {
+                    "lr": lr_scheduler.get_last_lr()[0],
+                    "images_per_second": images / seconds,
+                    "waiting_share": waited / seconds,  # of the time, for data
+                    "ema_decay": ema.decay_at(ema.num_updates),
+                    "skipped_steps": float(finite_steps.skipped),
                 }
-                folder.save(done, state)
-            distributed.barrier()
+                if losses:
+                    metrics["loss"] = distributed.all_reduce_mean(torch.stack(losses).mean()).item()
+                    moving_loss.look(metrics["loss"], done)
+                    progress.set_postfix(loss=f"{metrics['loss']:.4f}", img_s=f"{images / seconds:.0f}", refresh=False)
+                write_or_warn("the log", partial(_report, scalars, metrics_file, done, metrics))
+                losses, waited, images, tick = [], 0.0, 0, time.perf_counter()
+
+            # Look
+            if cfg.steps_between_sampling and (done % cfg.steps_between_sampling == 0 or done == cfg.steps):
+                if distributed.is_main():
+                    preview = draw_preview(
+                        ema.model, schedule, dataset, first_stage, batch.x_0.shape[1:], scale, cfg.seed
+                    )
+                    path = output_dir / "previews" / f"step_{done:08d}.png"
+                    write_or_warn("the preview", partial(write_image, path, preview))
+                    write_or_warn("the preview", partial(scalars.image, "preview", preview, done))
+                distributed.barrier()
+
+            # Save; a SIGTERM to any rank ends the run after a checkpoint
+            last, stops = done == cfg.steps, stop.agreed()
+            if done % cfg.checkpoint.steps_between == 0 or done in cfg.steps_of_checkpoints or last or stops:
+                window = distributed.all_reduce_mean(torch.stack(losses)).tolist() if losses else []
+                if distributed.is_main():
+                    state = {
+                        "kind": "diffusion",
+                        "model": unet.state_dict(),
+                        "ema": ema.model.state_dict(),
+                        "ema_updates": ema.num_updates,
+                        "optimizer": optimizer.state_dict(),
+                        "lr_scheduler": lr_scheduler.state_dict(),
+                        "scaler": scaler.state_dict(),
+                        "losses": window,
+                        "skipped_steps": finite_steps.skipped,
+                        "config": config,
+                        "latent_scale": first_stage.latent_scale,
+                        "latent_shape": list(batch.x_0.shape[1:]),
+                        "context_scale": scale,
+                    }
+                    save_or_warn(partial(folder.save, done, state), last=last or stops)
+                    write_or_warn("the curves", partial(plot_metrics, metrics_file.path, output_dir / CURVES))
+                distributed.barrier()
+            if stops and not last:
+                progress.close()
+                scalars.close()
+                stop.leave(done)
     if metrics:
         log.info("step %d: %s", cfg.steps, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     scalars.close()
     return metrics
+
+
+def _report(scalars: ScalarLogger, metrics_file: MetricsFile, step: int, metrics: dict[str, float]) -> None:
+    scalars.scalars({f"train/{name}": value for name, value in metrics.items()}, step)
+    metrics_file.append({"step": step, **metrics})
+
+
+def _backward(
+    net: nn.Module, batch: Batch, schedule: NoiseSchedule, scaler: torch.amp.GradScaler, cfg: TrainingSettings
+) -> Tensor:
+    """Add the gradient of this rank's mean loss, in parts of `cfg.micro_batch_size`; returns that loss, detached."""
+    parts = list(batch.split(cfg.micro_batch_size))
+    total = torch.zeros((), device=batch.x_0.device)
+    for number, part in enumerate(parts):
+        share = len(part.x_0) / len(batch.x_0)
+        with _no_sync(net, number < len(parts) - 1), autocast(batch.x_0.device, cfg.precision):
+            loss = share * training_loss(
+                net,
+                part.x_0,
+                part.t,
+                part.noise,
+                part.context,
+                schedule,
+                empty_mask=part.empty_mask,
+                element_mask=part.element_mask,
+            )
+        with _no_sync(net, number < len(parts) - 1):
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def _no_sync(net: nn.Module, waits: bool) -> contextlib.AbstractContextManager:
+    """Gradients are exchanged between ranks with the last part of a batch only."""
+    return net.no_sync() if waits and isinstance(net, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
@@ -266,7 +339,8 @@ def _restore(state: dict[str, Any], unet: nn.Module, ema: EMA, optimizer: Any, l
     ema.load_state_dict({"num_updates": state["ema_updates"], "model": state["ema"]})
     optimizer.load_state_dict(state["optimizer"])
     lr_scheduler.load_state_dict(state["lr_scheduler"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty in a checkpoint of a run without fp16
+        scaler.load_state_dict(state["scaler"])
     return int(state["step"])
 
 
@@ -301,7 +375,7 @@ def _batches(
         noise = torch.randn((global_size, *x_0.shape[1:]), generator=generator)
         empty = torch.rand(global_size, generator=generator) < unet.unconditioned_probability
         kept = torch.rand(global_size, unet.context_channels, generator=generator) >= unet.context_dropout_probability
-        context = None
+        context, people = None, indices  # `people`: the images whose embeddings are the contexts
         if conditional:
             if same_identity is not None:
                 rng = np.random.default_rng(distributed.seed_for(cfg.seed, "permutation", step))
@@ -310,8 +384,8 @@ def _batches(
                 others = [
                     int(same_identity[i][int(w * len(same_identity[i]))]) for i, w in zip(indices, which, strict=True)
                 ]
-                indices = np.where(swap, others, indices).tolist()
-            context = (dataset.embeddings[indices] * context_scale).to(device, non_blocking=True)
+                people = np.where(swap, others, indices).tolist()
+            context = (dataset.embeddings[people] * context_scale).to(device, non_blocking=True)
         yield Batch(
             x_0=x_0,
             context=context,
@@ -321,6 +395,7 @@ def _batches(
             element_mask=kept[mine].to(device, non_blocking=True)
             if conditional and unet.context_dropout_probability > 0
             else None,
+            indices=list(indices),
         )
 
 

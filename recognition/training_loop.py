@@ -161,7 +161,8 @@ def train(
         check_same_run(state, identities, global_batch, config, output_dir)
         strict_load(model, state["model"], f"output_dir: the checkpoint in {output_dir}")
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty in a checkpoint of a run without fp16
+            scaler.load_state_dict(state["scaler"])
         first_step, history, seconds_before = state["step"], state["history"], state["seconds"]
         sums += torch.tensor(state["sums"], dtype=torch.float64) / world_size
         log.info("resuming after step %d", first_step)

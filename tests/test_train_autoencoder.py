@@ -11,11 +11,13 @@ from omegaconf import OmegaConf
 
 from models.autoencoder import training_loop
 from models.autoencoder.data import DatasetSettings, Images, split_images
+from models.autoencoder.evaluation import evaluate, fine_energy, measure_latents, ssim
 from models.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss
-from models.autoencoder.training_loop import TrainingSettings, evaluate, measure_latents, train
+from models.autoencoder.lpips import BLOCKS, LPIPS, load_lpips
+from models.autoencoder.training_loop import TrainingSettings, train
 from models.autoencoder.vqgan import VQModel, load_decoder, load_encoder
 from tests.compat import fill_deterministic, relative_error
-from utils.checkpoint import CheckpointFolder, load_safetensors, load_torch
+from utils.checkpoint import CheckpointFolder, load_safetensors, load_torch, save_torch
 from utils.config import UserError, instantiate, plain, settings
 from utils.ema import EMA
 from utils.images import read_image, to_float, write_image
@@ -338,3 +340,70 @@ def test_unknown_keys_stop_the_script(run_script):
     done = run_script("train_autoencoder.py", "dataset.sample_root=x", check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: dataset.sample_root: unknown key; the key is dataset.samples_root")
+
+
+def test_ssim_by_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
+    assert torch.allclose(ssim(noise, noise), torch.ones(2), atol=1e-5)
+    assert ssim(noise, noise.flip(0)).abs().max() < 0.1
+    flat, other = torch.full((1, 3, 32, 32), 0.5), torch.full((1, 3, 32, 32), 0.1)
+    c1 = 0.02**2  # no structure: the luminance term alone
+    expected = (2 * 0.5 * 0.1 + c1) / (0.5**2 + 0.1**2 + c1)
+    assert ssim(flat, other).item() == pytest.approx(expected, abs=1e-4)
+    assert ssim(noise[..., :8, :8], noise[..., :8, :8]).allclose(torch.ones(2), atol=1e-5)
+
+
+def test_fine_energy_is_that_of_fine_stripes():
+    x = torch.arange(32) * 2 * torch.pi
+    coarse, fine = torch.sin(x * 4 / 32), torch.sin(x * 12 / 32)  # 1/8 and 3/8 cycles a pixel
+    image = (coarse + 0.5 * fine).expand(1, 1, 32, 32)
+    assert fine_energy(image).item() == pytest.approx(0.5**2 / 2 * 32 * 32, rel=1e-4)
+    assert fine_energy(coarse.expand(1, 1, 32, 32)).item() == pytest.approx(0.0, abs=1e-3)
+
+
+def write_lpips(folder):
+    """Files in the form of torchvision's and the authors', with random weights."""
+    torch.manual_seed(0)
+    network = LPIPS()
+    state = {
+        f"features.{name}": torch.randn_like(value) * 0.05 for name, value in network.features.state_dict().items()
+    }
+    save_torch({**state, "classifier.0.weight": torch.zeros(2, 2)}, folder / "vgg16.pth")
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, widths[-1], 1, 1) for i, widths in enumerate(BLOCKS)}
+    save_torch(linear, folder / "vgg.pth")
+    return state, linear
+
+
+def test_lpips_by_its_definition(tmp_path):
+    state, linear = write_lpips(tmp_path)
+    network = load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
+    a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    assert torch.equal(network(a, a), torch.zeros(2))
+    # by hand: the first block alone
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+    features = []
+    for images in (a, b):
+        h = (images - mean) / std
+        for layer in (0, 2):
+            weight, bias = (state[f"features.{layer}.{kind}"] for kind in ("weight", "bias"))
+            h = torch.relu(torch.nn.functional.conv2d(h, weight, bias, padding=1))
+        features.append(h / h.square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-10))
+    first = ((features[0] - features[1]).square() * linear["lin0.model.1.weight"]).sum(dim=1).mean(dim=(1, 2))
+    for parameter in list(network.lins)[1:]:
+        parameter.zero_()
+    torch.testing.assert_close(network(a, b), first)
+    with pytest.raises(UserError, match=r"vgg16\.pth: no lin0"):
+        load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg16.pth")
+    with pytest.raises(UserError, match=r"VGG-16 of torchvision.*missing"):
+        load_lpips(tmp_path / "vgg.pth", tmp_path / "vgg.pth")
+
+
+def test_the_perceptual_loss_is_trained_with_where_its_files_are(run, tmp_path, caplog):
+    write_lpips(tmp_path)
+    files = [f"training.lpips_vgg={tmp_path / 'vgg16.pth'}", f"training.lpips_linear={tmp_path / 'vgg.pth'}"]
+    with_it, without = run("with", *files, "training.steps=3"), run("without", "training.steps=3")
+    assert with_it["lpips"] > 0 and "lpips" not in without and with_it["l1"] != without["l1"]
+    assert [record for record in caplog.records if "no perceptual loss" in record.getMessage()]
+    with pytest.raises(UserError, match=r"training\.lpips_vgg: no such file"):
+        run("absent", "training.lpips_vgg=/nowhere", "training.lpips_linear=/nowhere")

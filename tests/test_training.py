@@ -10,6 +10,7 @@ import main as main_module
 from utils.checkpoint import CheckpointFolder, load_torch
 from utils.config import UserError
 from utils.data.step_sampler import StepSampler
+from utils.images import read_image
 
 TINY = [
     "dataset=folder",
@@ -87,7 +88,8 @@ def test_what_a_run_leaves_behind(compose, overrides, tmp_path):
     assert state["config"]["model"]["initial_channels"] == 32 and state["latent_shape"] == [3, 16, 16]
     assert state["context_scale"] == 1.0 and state["latent_scale"] == 1.0 and state["ema_updates"] == 6
     assert any(not torch.equal(state["ema"][k], state["model"][k]) for k in state["ema"])  # it averages
-    assert (tmp_path / "a" / "previews" / "step_00000006.png").is_file()
+    preview = read_image(tmp_path / "a" / "previews" / "step_00000006.png")
+    assert preview.shape == (2 + 8 * 18, 2 + 8 * 18, 3)  # empty, five people, two new; 16 pixels and a gap of two
     assert list((tmp_path / "a" / "tensorboard").glob("events*"))
     assert run(compose("train_config", *overrides, f"output_dir={tmp_path / 'a'}")) == {}  # complete: nothing to do
 
@@ -125,6 +127,20 @@ def test_a_size_that_does_not_suit_the_network_is_named(compose, overrides, tmp_
         run(cfg)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["uiface", "idiff_face", "idiff_face_cpd25", "idiff_face_cpd50", "admis", "unconditional", "faces_cpu"],
+)
+def test_presets_take_two_steps(compose, overrides, tmp_path, name):
+    short = ["training.steps=2", "training.steps_between_logging=1"]
+    if name == "faces_cpu":
+        short.append("training.lr_scheduler.warmup_steps=0")
+    cfg = compose("train_config", f"experiment={name}", *overrides, *short, f"output_dir={tmp_path}")
+    assert np.isfinite(run(cfg)["loss"])
+    assert CheckpointFolder(tmp_path / "checkpoints").paths()[-1].name == "step_00000002.ckpt"
+
+
 def test_latents_are_cached_and_a_stale_cache_is_refused(compose, overrides, face_folder, tmp_path):
     from models.autoencoder.vqgan import VQModel, save_autoencoder
 
@@ -141,11 +157,11 @@ def test_latents_are_cached_and_a_stale_cache_is_refused(compose, overrides, fac
     cached = run(compose("train_config", *common, f"output_dir={tmp_path / 'a'}"))
     direct = run(compose("train_config", *common, f"output_dir={tmp_path / 'b'}", "training.cache_latents=false"))
     assert cached["loss"] == pytest.approx(direct["loss"], rel=2e-3)  # the cache is float16
-    assert np.load(tmp_path / "a" / "latents.npy", mmap_mode="r").shape == (18, 2, 3, 8, 8)
+    assert np.load(tmp_path / "a" / "latents" / "00000.npy", mmap_mode="r").shape == (18, 2, 3, 8, 8)
     assert load_torch(tmp_path / "a" / "checkpoints" / "step_00000002.ckpt")["latent_scale"] == 2.0
-    key = (tmp_path / "a" / "latents.json").read_text()
+    key = (tmp_path / "a" / "latents" / "latents.json").read_text()
     run(compose("train_config", *common, f"output_dir={tmp_path / 'a'}", "constants.image_size=32", "training.steps=3"))
-    assert (tmp_path / "a" / "latents.json").read_text() != key
+    assert (tmp_path / "a" / "latents" / "latents.json").read_text() != key
 
 
 def test_bad_input(compose, overrides, tmp_path):

@@ -1,5 +1,6 @@
 """Files of weights: written whole or not at all, read without executing anything in them, checked key by key."""
 
+import errno
 import json
 import os
 import pickle
@@ -62,8 +63,20 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def save_torch(obj: Any, path: str | Path) -> Path:
-    """torch.save, whole or not at all, of what `load_torch` reads: tensors, containers, numbers, strings."""
-    return write_atomically(path, lambda p: torch.save(obj, p))
+    """torch.save, whole or not at all, of what `load_torch` reads: tensors, containers, numbers, strings.
+
+    Raises OSError where the disk does not take it.
+    """
+
+    def write(temporary: Path) -> None:
+        try:
+            torch.save(obj, temporary)
+        except RuntimeError as error:
+            if not any(word in str(error) for word in ("inline_container", "iostream", "PytorchStreamWriter")):
+                raise
+            raise OSError(errno.EIO, "the disk is full or broken", str(path)) from error  # torch keeps no errno
+
+    return write_atomically(path, write)
 
 
 def load_torch(path: str | Path, map_location: str | torch.device = "cpu") -> Any:

@@ -107,6 +107,8 @@ def _fail(message: str) -> None:
         time.sleep(3)  # rank 0 reports a mistake that all ranks share; torchrun then ends this one before it speaks
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # the message gets a line of its own
+    if "Original Traceback" in message:  # a worker of a DataLoader found the mistake
+        message = message.rpartition("UserError: ")[2]
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     sys.stderr.flush()
     if distributed.world_size() > 1:

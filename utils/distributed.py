@@ -12,6 +12,7 @@ import torch.distributed as dist
 from utils.errors import UserError
 
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=60)  # one rank may encode or save while the others wait
 
 
 def init() -> None:
@@ -20,9 +21,23 @@ def init() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-        dist.init_process_group("nccl", timeout=timedelta(minutes=60))
-    else:
-        dist.init_process_group("gloo", timeout=timedelta(minutes=60))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, **_store_of_this_attempt())
+
+
+def _store_of_this_attempt() -> dict[str, Any]:
+    """Arguments of init_process_group that keep a restart by `torchrun --max-restarts` apart from the attempt before.
+
+    torchrun's store outlives its workers, and so do the addresses that they left in it: a restarted worker that reads
+    one before its owner has come back waits for a process that is gone. On one machine the number of the attempt is a
+    prefix that all ranks know; across machines each agent counts its own restarts, so torch's default stays.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_master=False, timeout=TIMEOUT)
+    prefixed = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": prefixed, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
 
 
 def cleanup() -> None:

@@ -1,14 +1,17 @@
 """What a run tells: a logger that lives with tqdm, a log file, TensorBoard scalars. Rank 0 speaks, others warn."""
 
+import hashlib
 import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from utils import distributed
+from utils.errors import UserError
 
 FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 
@@ -46,27 +49,61 @@ def setup_logging(output_dir: str | Path | None = None) -> None:
 
 
 class ScalarLogger:
-    """TensorBoard scalars and images under `<output_dir>/tensorboard`; does nothing on other ranks than 0."""
+    """Scalars and images to TensorBoard (`<output_dir>/tensorboard`) and, if asked, to Weights & Biases.
 
-    def __init__(self, output_dir: str | Path) -> None:
-        self._writer = None
-        if distributed.is_main():
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+    Does nothing on other ranks than 0.
+    """
 
-            self._writer = SummaryWriter(str(Path(output_dir) / "tensorboard"))
+    def __init__(
+        self, output_dir: str | Path, wandb_project: str | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
+        """A run that is resumed in the same folder goes on as the same run of `wandb_project`.
+
+        Raises UserError where a project is named and the package wandb is not installed.
+        """
+        self._writer, self._wandb = None, None
+        if not distributed.is_main():
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+        self._writer = SummaryWriter(str(Path(output_dir) / "tensorboard"))
+        if wandb_project is not None:
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError(
+                    f"wandb_project: {wandb_project}, but the package wandb is not installed; pip install wandb"
+                ) from error
+            folder = Path(output_dir).resolve()
+            identity = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+            self._image = wandb.Image
+            self._wandb = wandb.init(
+                project=wandb_project,
+                name=folder.name,
+                id=identity,
+                resume="allow",
+                dir=str(folder),
+                config=dict(config or {}),
+            )
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log each named value at `step`."""
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """Log `image`, uint8 (H, W, 3) RGB, at `step`."""
         if self._writer is not None:
             self._writer.add_image(name, image, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.log({name: self._image(image)}, step=step)
 
     def close(self) -> None:
-        """Flush and close the event file."""
+        """Flush and close."""
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()

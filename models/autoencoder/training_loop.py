@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.autoencoder.data import DatasetSettings, Images, split_images, training_batches
+from models.autoencoder.evaluation import draw_preview, evaluate, measure_latents
 from models.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss
+from models.autoencoder.lpips import LPIPS, load_lpips
 from models.autoencoder.modules import features_to_rows
 from models.autoencoder.quantization import kmeans_codebook, perplexity, revive_dead_codes
 from models.autoencoder.vqgan import DECODER_FILE, ENCODER_FILE, VQModel, save_autoencoder
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, strict_load, write_json
-from utils.config import UserError
+from utils.config import UserError, existing_file
+from utils.curves import plot_metrics
 from utils.data.step_sampler import StepSampler
 from utils.ema import EMA
-from utils.images import grid, to_float, to_uint8, write_image
+from utils.guards import FiniteSteps, save_or_warn, write_or_warn
+from utils.images import to_float, write_image
+from utils.interruption import StopRequest
 from utils.logging import ScalarLogger, get_logger
 from utils.metrics_file import MetricsFile
 from utils.precision import autocast, check_precision, warn_of_emulation
@@ -40,9 +46,10 @@ from utils.precision import autocast, check_precision, warn_of_emulation
 log = get_logger(__name__)
 
 METRICS_FILE = "metrics.json"
+CURVES = "training.png"
+POSTFIX = (("l1", "l1"), ("codes", "perplexity"))  # of the progress bar
 PREVIEW_IMAGES = 16
 VALIDATION_IMAGES = 1024  # at most, in each report
-LATENT_IMAGES = 4096  # at most, to measure the deviation of the latents
 ROWS_PER_CODE = 16  # latents that the first codebook is fitted to, for each code
 
 
@@ -61,6 +68,10 @@ class TrainingSettings:
     lr_schedule: str  # cosine (to 0) or constant, in the share of steps or minutes that is done
     warmup_steps: int
     gradient_clip: float | None  # largest norm of the autoencoder's gradient
+    max_bad_steps: int  # so many steps in a row without a finite gradient end the run
+    lpips_weight: float  # of the perceptual loss; needs the two files below
+    lpips_vgg: str | None  # torchvision's VGG-16 state dict
+    lpips_linear: str | None  # vgg.pth of the lpips package
     codebook_weight: float
     quantization_start: int  # until this step the latents pass unquantised; then k-means places the codes
     revive_codes_every: int | None  # after so many steps, codes unused since the last time are drawn anew
@@ -70,6 +81,7 @@ class TrainingSettings:
     discriminator_layers: int
     steps_between_logging: int
     steps_between_previews: int
+    wandb_project: str | None  # also log to this project of Weights & Biases
     steps_between_checkpoints: int
 
 
@@ -104,23 +116,27 @@ def train(
     optimizer, optimizer_d = make_optimizer(model.parameters()), make_optimizer(discriminator.parameters())
     learning_rates = [group["lr"] for group in optimizer.param_groups]
     ema = make_ema(model)
+    lpips = _perceptual(cfg, device)
     scaler, scaler_d = (torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16") for _ in range(2))
     counts = torch.zeros(model.n_embed, device=device)  # use of each code since the last revival
 
     # Resume
     folder = CheckpointFolder(output_dir / "checkpoints")
     state = folder.load_latest()
-    first_step, minutes_before = 0, 0.0
+    first_step, minutes_before, skipped = 0, 0.0, 0
     if state is not None:
         _check_same_run(state, config, output_dir)
         first_step, minutes_before = state["step"], state["minutes"]
+        skipped = state.get("skipped_steps", 0)
         strict_load(model, state["model"], "checkpoint")
         strict_load(discriminator, state["discriminator"], "checkpoint")
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         optimizer_d.load_state_dict(state["optimizer_discriminator"])
-        scaler.load_state_dict(state["scaler"])
-        scaler_d.load_state_dict(state["scaler_discriminator"])
+        if state["scaler"]:  # empty in a checkpoint of a run without fp16
+            scaler.load_state_dict(state["scaler"])
+        if state["scaler_discriminator"]:  # empty in a checkpoint of a run without fp16
+            scaler_d.load_state_dict(state["scaler_discriminator"])
         counts = state["codebook_counts"].to(device)
     share_done = _share_done(cfg, first_step, minutes_before)
     if share_done >= 1.0 and all((output_dir / name).is_file() for name in (ENCODER_FILE, DECODER_FILE, METRICS_FILE)):
@@ -137,107 +153,127 @@ def train(
     preview_pixels = (held_out if len(held_out) else images).read(list(range(PREVIEW_IMAGES))[: len(held_out) or 1])
 
     # Train
-    scalars, metrics_file = ScalarLogger(output_dir), MetricsFile(output_dir / "metrics.jsonl", first_step)
+    scalars = ScalarLogger(output_dir, cfg.wandb_project, config)
+    metrics_file = MetricsFile(output_dir / "metrics.jsonl", first_step)
     log.info("%.2f M parameters, %s on %s", sum(p.numel() for p in model.parameters()) / 1e6, cfg.precision, device)
     window = _Window(model.n_embed, device)
+    finite_steps = FiniteSteps(cfg.max_bad_steps, skipped)
     began = time.perf_counter()
     progress = tqdm(total=cfg.steps, initial=first_step, unit="step", disable=not distributed.is_main())
     step = first_step
     batches = iter(training_batches(images, sampler, cfg.num_workers, device))
-    while share_done < 1.0:
-        torch.manual_seed(distributed.seed_for(cfg.seed, "step", step, distributed.rank()))  # for dropout
-        lr_factor = _lr_factor(cfg, step, share_done)
-        for opt in (optimizer, optimizer_d):
-            for group, lr in zip(opt.param_groups, learning_rates, strict=True):
-                group["lr"] = lr * lr_factor
-        pixels = next(batches).to(device, non_blocking=True)  # uint8 (B, H, W, 3)
-        real = to_float(pixels).to(memory_format=memory_format)  # pixels => float32 in [-1, 1], (B, 3, H, W)
-        if step == cfg.quantization_start:
-            _place_codes(model, [model, ema.model], images, cfg, device)
+    with StopRequest() as stop:
+        while share_done < 1.0:
+            torch.manual_seed(distributed.seed_for(cfg.seed, "step", step, distributed.rank()))  # for dropout
+            lr_factor = _lr_factor(cfg, step, share_done)
+            for opt in (optimizer, optimizer_d):
+                for group, lr in zip(opt.param_groups, learning_rates, strict=True):
+                    group["lr"] = lr * lr_factor
+            pixels = next(batches).to(device, non_blocking=True)  # uint8 (B, H, W, 3)
+            files = partial(_batch_names, images, sampler, step)
+            take = partial(finite_steps.take, step=step + 1, files=files)  # of a gradient's norm
+            real = to_float(pixels).to(memory_format=memory_format)  # pixels => float32 in [-1, 1], (B, 3, H, W)
+            if step == cfg.quantization_start:
+                _place_codes(model, [model, ema.model], images, cfg, device)
 
-        # Autoencoder: L1 + quantiser + adversarial loss
-        with autocast(device, cfg.precision):
-            output = model(real, quantize=step >= cfg.quantization_start)
-        reconstruction_loss = (output.images.float() - real).abs().mean()
-        loss = reconstruction_loss + cfg.codebook_weight * output.quantizer_loss
-        adversarial = cfg.discriminator_start is not None and step >= cfg.discriminator_start
-        if adversarial:
-            discriminator.requires_grad_(False)
+            # Autoencoder: L1 + quantiser + adversarial loss
             with autocast(device, cfg.precision):
-                generator_loss = -discriminator(output.images).float().mean()
-            last_layer = model.decoder.conv_out.weight
-            weight = adaptive_weight(reconstruction_loss, generator_loss, last_layer, scaler.get_scale())
-            loss = loss + cfg.discriminator_weight * weight * generator_loss
-        _update(model, loss, optimizer, scaler, cfg.gradient_clip)
-        ema.update(model)
+                output = model(real, quantize=step >= cfg.quantization_start)
+            reconstruction_loss = (output.images.float() - real).abs().mean()
+            similarity_loss = reconstruction_loss  # with the perceptual part, where there is one
+            if lpips is not None:
+                with autocast(device, cfg.precision):
+                    perceptual_loss = lpips(output.images, real).mean()
+                similarity_loss = reconstruction_loss + cfg.lpips_weight * perceptual_loss
+                window.add(lpips=perceptual_loss)
+            loss = similarity_loss + cfg.codebook_weight * output.quantizer_loss
+            adversarial = cfg.discriminator_start is not None and step >= cfg.discriminator_start
+            if adversarial:
+                discriminator.requires_grad_(False)
+                with autocast(device, cfg.precision):
+                    generator_loss = -discriminator(output.images).float().mean()
+                last_layer = model.decoder.conv_out.weight
+                weight = adaptive_weight(similarity_loss, generator_loss, last_layer, scaler.get_scale())
+                loss = loss + cfg.discriminator_weight * weight * generator_loss
+            taken = _update(model, loss, optimizer, scaler, cfg.gradient_clip, take)
+            if taken:
+                ema.update(model)
+                window.add(l1=reconstruction_loss, quantizer=output.quantizer_loss)
 
-        # Discriminator: hinge loss on the same images
-        if adversarial:
-            discriminator.requires_grad_(True)
-            with autocast(device, cfg.precision):
-                logits_real, logits_fake = discriminator(torch.cat([real, output.images.detach()])).float().chunk(2)
-            discriminator_loss = hinge_discriminator_loss(logits_real, logits_fake)
-            _update(discriminator, discriminator_loss, optimizer_d, scaler_d, None)
-            window.add(discriminator=discriminator_loss, generator=generator_loss, adversarial_weight=weight)
+            # Discriminator: hinge loss on the same images
+            if adversarial:
+                discriminator.requires_grad_(True)
+                with autocast(device, cfg.precision):
+                    logits_real, logits_fake = discriminator(torch.cat([real, output.images.detach()])).float().chunk(2)
+                discriminator_loss = hinge_discriminator_loss(logits_real, logits_fake)
+                _update(discriminator, discriminator_loss, optimizer_d, scaler_d, None, take)
+                window.add(discriminator=discriminator_loss, generator=generator_loss, adversarial_weight=weight)
 
-        # Codebook
-        if step >= cfg.quantization_start:
-            used = torch.bincount(output.indices, minlength=model.n_embed).float()
-            used = distributed.all_reduce_mean(used) * distributed.world_size()
-            counts += used
-            window.counts += used
-            if cfg.revive_codes_every is not None and (step + 1) % cfg.revive_codes_every == 0:
-                window.revived += _revive(model, ema, counts, output.latents, cfg.seed, step)
-                counts.zero_()
-        window.add(l1=reconstruction_loss, quantizer=output.quantizer_loss)
-        step += 1
-        progress.update()
-        minutes = minutes_before + _agreed((time.perf_counter() - began) / 60, device)
-        share_done = _share_done(cfg, step, minutes)
-        finished = share_done >= 1.0
+            # Codebook
+            if taken and step >= cfg.quantization_start:
+                used = torch.bincount(output.indices, minlength=model.n_embed).float()
+                used = distributed.all_reduce_mean(used) * distributed.world_size()
+                counts += used
+                window.counts += used
+                if cfg.revive_codes_every is not None and (step + 1) % cfg.revive_codes_every == 0:
+                    window.revived += _revive(model, ema, counts, output.latents, cfg.seed, step)
+                    counts.zero_()
+            step += 1
+            progress.update()
+            minutes = minutes_before + _agreed((time.perf_counter() - began) / 60, device)
+            share_done = _share_done(cfg, step, minutes)
+            finished = share_done >= 1.0
 
-        # Log
-        if step % cfg.steps_between_logging == 0 or finished:
-            values = {**window.means(), "lr": optimizer.param_groups[0]["lr"], "minutes": minutes}
-            if not math.isfinite(values["l1"]):
-                raise UserError(
-                    f"training: the loss is {values['l1']} at step {step}; try a smaller training.optimizer.lr, "
-                    "training.gradient_clip=1 or training.precision=fp32; the last checkpoint is kept"
-                )
-            scalars.scalars({f"train/{name}": value for name, value in values.items()}, step)
-            metrics_file.append({"step": step, **values})
-            progress.set_postfix(l1=f"{values['l1']:.4f}", codes=f"{values.get('perplexity', 0):.0f}", refresh=False)
-            window = _Window(model.n_embed, device)
-
-        # Look
-        if step % cfg.steps_between_previews == 0 or finished:
-            placed = step > cfg.quantization_start
-            measured = evaluate(ema.model, held_out, cfg.batch_size, device, quantize=placed)
-            scalars.scalars({f"validation/{name}": value for name, value in measured.items()}, step)
-            log.info("step %d, %.1f minutes: %s", step, minutes, _in_words(measured))
-            if distributed.is_main():
-                preview = draw_preview(ema.model, preview_pixels, device, quantize=placed)
-                write_image(output_dir / "previews" / f"step_{step:08d}.png", preview)
-                scalars.image("preview", preview, step)
-
-        # Save
-        if step % cfg.steps_between_checkpoints == 0 or finished:
-            if distributed.is_main():
-                state = {
-                    "kind": "autoencoder",
+            # Log
+            if step % cfg.steps_between_logging == 0 or finished:
+                values = {
+                    **window.means(),
+                    "lr": optimizer.param_groups[0]["lr"],
                     "minutes": minutes,
-                    "model": model.state_dict(),
-                    "discriminator": discriminator.state_dict(),
-                    "ema": ema.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "optimizer_discriminator": optimizer_d.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "scaler_discriminator": scaler_d.state_dict(),
-                    "codebook_counts": counts,
-                    "config": config,
+                    "skipped_steps": float(finite_steps.skipped),
                 }
-                folder.save(step, state)
-            distributed.barrier()
+                write_or_warn("the log", partial(_report, scalars, metrics_file, step, values))
+                shown = {name: f"{values[key]:.4g}" for name, key in POSTFIX if key in values}
+                progress.set_postfix(shown, refresh=False)
+                window = _Window(model.n_embed, device)
+
+            # Look
+            if step % cfg.steps_between_previews == 0 or finished:
+                placed = step > cfg.quantization_start
+                measured = evaluate(ema.model, held_out, cfg.batch_size, device, placed, lpips)
+                scalars.scalars({f"validation/{name}": value for name, value in measured.items()}, step)
+                log.info("step %d, %.1f minutes: %s", step, minutes, _in_words(measured))
+                if distributed.is_main():
+                    preview = draw_preview(ema.model, preview_pixels, device, quantize=placed)
+                    path = output_dir / "previews" / f"step_{step:08d}.png"
+                    write_or_warn("the preview", partial(write_image, path, preview))
+                    write_or_warn("the preview", partial(scalars.image, "preview", preview, step))
+
+            # Save; a SIGTERM to any rank ends the run after a checkpoint
+            stops = stop.agreed()
+            if step % cfg.steps_between_checkpoints == 0 or finished or stops:
+                if distributed.is_main():
+                    state = {
+                        "kind": "autoencoder",
+                        "minutes": minutes,
+                        "model": model.state_dict(),
+                        "discriminator": discriminator.state_dict(),
+                        "ema": ema.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "optimizer_discriminator": optimizer_d.state_dict(),
+                        "scaler": scaler.state_dict(),
+                        "scaler_discriminator": scaler_d.state_dict(),
+                        "codebook_counts": counts,
+                        "skipped_steps": finite_steps.skipped,
+                        "config": config,
+                    }
+                    save_or_warn(partial(folder.save, step, state), last=finished or stops)
+                    write_or_warn("the curves", partial(plot_metrics, metrics_file.path, output_dir / CURVES))
+                distributed.barrier()
+            if stops and not finished:
+                progress.close()
+                scalars.close()
+                stop.leave(step)
     progress.close()
 
     # Result: the averaged weights, with latents centred and their deviation measured
@@ -252,7 +288,7 @@ def train(
         _place_codes(result, [result], images, cfg, device)
     mean, std = measure_latents(result, images, cfg.batch_size, device)
     result.shift_latents(-mean)
-    measured = evaluate(result, held_out, cfg.batch_size, device)
+    measured = evaluate(result, held_out, cfg.batch_size, device, lpips=lpips)
     metrics = {"steps": step, "images": len(images), "latent_std": std, "latent_scale": 1.0 / std, **measured}
     if distributed.is_main():
         save_autoencoder(result, output_dir, latent_scale=1.0 / std)
@@ -263,12 +299,18 @@ def train(
     return metrics
 
 
+def _report(scalars: ScalarLogger, metrics_file: MetricsFile, step: int, values: dict[str, float]) -> None:
+    scalars.scalars({f"train/{name}": value for name, value in values.items()}, step)
+    metrics_file.append({"step": step, **values})
+
+
 def _check(cfg: TrainingSettings, dataset: DatasetSettings, autoencoder: dict[str, Any]) -> None:
     """Settings that cannot work, before anything is built."""
     check_precision(cfg.precision)
     if cfg.lr_schedule not in ("cosine", "constant"):
         raise UserError(f"training.lr_schedule: {cfg.lr_schedule!r} is not one of cosine, constant")
-    for name in ("steps", "batch_size", "steps_between_logging", "steps_between_previews", "steps_between_checkpoints"):
+    intervals = ("steps_between_logging", "steps_between_previews", "steps_between_checkpoints")
+    for name in ("steps", "batch_size", "max_bad_steps", *intervals):
         if getattr(cfg, name) < 1:
             raise UserError(f"training.{name}: {getattr(cfg, name)}; it must be at least 1")
     if cfg.quantization_start >= cfg.steps:
@@ -296,6 +338,21 @@ def _check_same_run(state: dict[str, Any], config: dict[str, Any], output_dir: P
             )
 
 
+def _perceptual(cfg: TrainingSettings, device: torch.device) -> LPIPS | None:
+    """The perceptual distance, where its weight is above 0 and both files are given."""
+    if cfg.lpips_weight == 0:
+        return None
+    if cfg.lpips_vgg is None or cfg.lpips_linear is None:
+        log.warning(
+            "training.lpips_vgg and lpips_linear are not both given: no perceptual loss; VQGAN's sharpness comes from "
+            "it and from the discriminator (training.lpips_weight=0 says that this is meant)"
+        )
+        return None
+    vgg = existing_file(cfg.lpips_vgg, "training.lpips_vgg", "torchvision's vgg16-397923af.pth")
+    linear = existing_file(cfg.lpips_linear, "training.lpips_linear", "vgg.pth of the lpips package")
+    return load_lpips(vgg, linear).to(device)
+
+
 def _share_done(cfg: TrainingSettings, step: int, minutes: float) -> float:
     """How much of the run is over, 1 at its end: by steps, or by minutes where these run out first."""
     by_time = 0.0 if cfg.max_minutes is None else minutes / cfg.max_minutes
@@ -319,22 +376,32 @@ def _update(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     clip: float | None,
-) -> None:
-    """One optimiser step on the mean over processes of the gradient of `loss`."""
+    take: Callable[[Tensor], bool],
+) -> bool:
+    """One optimiser step on the mean over processes of the gradient of `loss`, if `take` takes the gradient's norm."""
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     # Averaged here and not by DistributedDataParallel: two networks take turns in one step, and parts of them rest
     # (the codebook before quantisation starts, the discriminator in the autoencoder's turn).
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
     if distributed.world_size() > 1:
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
         mean = distributed.all_reduce_mean(torch.cat([g.flatten() for g in gradients]))
         for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view(gradient.shape))
-    if clip is not None:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(network.parameters(), clip)
-    scaler.step(optimizer)
-    scaler.update()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.get_total_norm(gradients)
+    taken = take(norm)
+    if taken and clip is not None:
+        nn.utils.clip_grads_with_norm_(network.parameters(), clip, norm)
+    if taken or scaler.is_enabled():  # the scaler skips the step itself, and needs to know
+        scaler.step(optimizer)
+        scaler.update()
+    return taken
+
+
+def _batch_names(images: Images, sampler: StepSampler, step: int) -> list[str]:
+    """The files of this rank's images in step `step`."""
+    return [images.names[index] for index, _ in sampler.local_batch(step)]
 
 
 @torch.no_grad()
@@ -385,56 +452,6 @@ class _Window:
             means["perplexity"] = perplexity(self.counts)
             means["codes_revived"] = float(self.revived)
         return means
-
-
-@torch.no_grad()
-def evaluate(
-    model: VQModel, images: Images, batch_size: int, device: torch.device, quantize: bool = True
-) -> dict[str, float]:
-    """Reconstruction of `images`, shared out over the processes; {} where there are none.
-
-    `l1`: mean absolute error of the quantised reconstruction, clamped to [-1, 1], in that unit; `psnr`: of the same,
-    mean over images, in dB; `l1_unquantized`: past the codebook, the only one without `quantize`.
-    """
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    mine = distributed.share(range(len(images)))
-    for start in range(0, len(mine), batch_size):
-        real = to_float(images.read(list(mine[start : start + batch_size])).to(device))  # (B, 3, H, W)
-        latents = model.encode(real)
-        error_unquantized = error = model.decode(latents).clamp(-1, 1) - real
-        if quantize:
-            error = model.decode(model.quantize(latents).latents).clamp(-1, 1) - real
-        psnr = 10 * torch.log10(4 / error.square().mean(dim=(1, 2, 3)).clamp(min=1e-10))  # 4: range 2, squared
-        of_images = (error.abs().mean(dim=(1, 2, 3)), error_unquantized.abs().mean(dim=(1, 2, 3)), psnr)
-        sums += torch.stack([*(value.double().sum() for value in of_images), sums.new_tensor(len(real))])
-    l1, l1_unquantized, psnr, n = (distributed.all_reduce_mean(sums) * distributed.world_size()).tolist()
-    if not n:
-        return {}
-    return {**({"l1": l1 / n, "psnr": psnr / n} if quantize else {}), "l1_unquantized": l1_unquantized / n}
-
-
-@torch.no_grad()
-def measure_latents(model: VQModel, images: Images, batch_size: int, device: torch.device) -> tuple[Tensor, float]:
-    """Mean (D,) of the latents of training images, per channel, and their standard deviation about it, over all."""
-    indices = np.linspace(0, len(images) - 1, min(len(images), LATENT_IMAGES)).astype(int)
-    mine = distributed.share(indices.tolist())
-    moments = torch.zeros(2, model.embed_dim, dtype=torch.float64, device=device)
-    n = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(0, len(mine), batch_size):
-        real = to_float(images.read(mine[start : start + batch_size]).to(device))
-        rows = features_to_rows(model.encode(real)).double()
-        moments += torch.stack([rows.sum(dim=0), rows.square().sum(dim=0)])
-        n += len(rows)
-    mean, square = distributed.all_reduce_mean(moments) / distributed.all_reduce_mean(n)
-    return mean.float(), (square - mean.square()).mean().sqrt().item()
-
-
-@torch.no_grad()
-def draw_preview(model: VQModel, pixels: Tensor, device: torch.device, quantize: bool = True) -> np.ndarray:
-    """Images uint8 (n, H, W, 3), each beside its reconstruction, four pairs a row: one uint8 picture."""
-    reconstructed = to_uint8(model(to_float(pixels.to(device)), quantize).images)
-    pairs = np.stack([pixels.numpy(), reconstructed], axis=1).reshape(-1, *pixels.shape[1:])
-    return grid(pairs, columns=8)
 
 
 def _in_words(values: dict[str, float]) -> str:

@@ -4,10 +4,13 @@ Legend: B batch, C channels, H W height and width, D context width, E width of t
 """
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.diffusion.attention import GROUPS, AttentionControl, CrossAttentionBlock, SelfAttentionBlock
 from models.diffusion.blocks import (
@@ -78,6 +81,7 @@ class ConditionalUNet(ContextEmbedder):
 
         self.input_channels = input_channels
         self.has_cross_attention = has_cross_attention
+        self.activation_checkpointing = False  # True: in training, blocks compute their activations twice
         self.downscaling = 2 ** (len(widths) - 1)  # height and width must be multiples of it
         time_channels = 4 * initial_channels
         num_cross_attentions = 0
@@ -188,19 +192,27 @@ class ConditionalUNet(ContextEmbedder):
         if context.embedding is not None and len(context.embedding) != len(x):
             raise ValueError(f"context: {len(context.embedding)} contexts for a batch of {len(x)}")
 
+        # Chen et al., Training deep nets with sublinear memory cost (2016); nothing random happens inside the blocks
+        checkpointed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if checkpointed else _call
+
         time_embedding = self.time_emb(t)  # (B, E)
         h = self.image_proj(x)  # (B, C0, H, W)
         skips = [h]
         for module in self.down:
-            h = module(h) if isinstance(module, Downsample) else module(h, time_embedding, context, control)
+            h = module(h) if isinstance(module, Downsample) else run(module, h, time_embedding, context, control)
             skips.append(h)
-        h = self.middle(h, time_embedding, context, control)
+        h = run(self.middle, h, time_embedding, context, control)
         for module in self.up:
             if isinstance(module, Upsample):
                 h = module(h)
             else:
-                h = module(torch.cat([h, skips.pop()], dim=1), time_embedding, context, control)
+                h = run(module, torch.cat([h, skips.pop()], dim=1), time_embedding, context, control)
         return self.final(F.silu(self.norm(h)))  # (B, input_channels, H, W)
+
+
+def _call(module: nn.Module, *inputs: Any) -> Tensor:
+    return module(*inputs)
 
 
 def _level_widths(initial_channels: int, multipliers: Sequence[int], is_attention: Sequence[bool]) -> list[int]:

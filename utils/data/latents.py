@@ -1,8 +1,18 @@
-"""Latents of a whole data set, computed once: the frozen encoder need not run in every training step."""
+"""Latents of a whole data set, computed once: the frozen encoder need not run in every training step.
+
+    <folder>/latents/latents.json   key (images, transform, encoder), shape, images a shard
+    <folder>/latents/00000.npy      float16 (images, 2, C, h, w): the latent of each image and of its mirror image
+    <folder>/latents/00000.json     sha256 of the shard; written after it, so a shard without it is not finished
+
+Legend: n images, C channels, h w height and width of a latent.
+"""
 
 import hashlib
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +21,33 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoint import write_json
+from utils.checkpoint import write_atomically, write_json
 from utils.data.face_dataset import FaceDataset
 from utils.logging import get_logger
 
 log = get_logger(__name__)
+
+IMAGES_PER_SHARD = 1024
+KEY_FILE = "latents.json"
+
+
+class LatentCache:
+    """The memory-mapped shards of a finished cache as one array (n, 2, C, h, w)."""
+
+    def __init__(self, shards: Sequence[Path], images_per_shard: int) -> None:
+        self.shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in shards]
+        self.images_per_shard = images_per_shard
+
+    def __len__(self) -> int:
+        return sum(map(len, self.shards))
+
+    def take(self, rows: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray:
+        """Latents of images `rows`, each as it is or `mirrored`: float32 (B, C, h, w)."""
+        latents = np.empty((len(rows), *self.shards[0].shape[2:]), np.float32)
+        for out, row, flip in zip(latents, rows, mirrored, strict=True):
+            shard, position = divmod(row, self.images_per_shard)
+            out[...] = self.shards[shard][position, int(flip)]
+        return latents
 
 
 def cached_latents(
@@ -26,22 +58,46 @@ def cached_latents(
     batch_size: int,
     num_workers: int,
     device: torch.device,
-) -> np.ndarray:
-    """Encoder outputs of every image and of its mirror image: a memory map (n, 2, C, h, w) float16, [:, 1] mirrored.
+) -> LatentCache:
+    """The latents of every image and of its mirror image, out of `<folder>/latents` as far as they are there.
 
-    Written to `<folder>/latents.npy` by all ranks together, with a key beside it that depends on the images' names and
-    sizes in bytes, on the image size and on the encoder's weights; a cache with another key is computed anew.
+    The key depends on the images' names and sizes in bytes, on the image size and on the encoder's weights: a cache
+    with another key is thrown away with a warning. Ranks share the missing shards, and a killed run goes on with them.
+    A shard whose bytes are not those that were written is computed anew.
     """
-    folder = Path(folder)
-    path, key_path = folder / "latents.npy", folder / "latents.json"
-    key = {"sha256": _cache_key(dataset, encoder), "images": len(dataset)}
-    if not (path.is_file() and key_path.is_file() and json.loads(key_path.read_text()) == key):
-        _encode_all(dataset, encoder, path, batch_size, num_workers, device)
-        distributed.barrier()
-        if distributed.is_main():
-            write_json(key_path, key)  # last: without it the array counts as unfinished
+    folder = Path(folder) / "latents"
+    key = {"sha256": _cache_key(dataset, encoder), "images": len(dataset), "images_per_shard": IMAGES_PER_SHARD}
+    shards = [folder / f"{number:05d}.npy" for number in range(-(-len(dataset) // IMAGES_PER_SHARD))]
+    todo = distributed.on_main(lambda: _claim(folder, key, shards))
+    mine = distributed.share(todo)
+    total = sum(len(_rows(number, len(dataset))) for number in mine)
+    with tqdm(total=total, desc="latents", unit="image", disable=not (mine and distributed.is_main())) as bar:
+        for number in mine:
+            rows = _rows(number, len(dataset))
+            latents = _encode(dataset, encoder, rows, batch_size, num_workers, device, bar)
+            write_atomically(shards[number], lambda path, latents=latents: _write(path, latents))
+            write_json(shards[number].with_suffix(".json"), {"sha256": _digest(shards[number])})
     distributed.barrier()
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return LatentCache(shards, IMAGES_PER_SHARD)
+
+
+def _claim(folder: Path, key: dict[str, Any], shards: Sequence[Path]) -> list[int]:
+    """Numbers of the shards that are missing or damaged, after throwing a cache of another key away."""
+    key_file = folder / KEY_FILE
+    if not (key_file.is_file() and json.loads(key_file.read_text(encoding="utf-8")) == key):
+        if folder.is_dir():
+            log.warning("%s: made from other images or with another autoencoder; it is made anew", folder)
+            shutil.rmtree(folder)
+        write_json(key_file, key)
+    todo = []
+    for number, path in enumerate(shards):
+        record = path.with_suffix(".json")
+        if not (path.is_file() and record.is_file()):
+            todo.append(number)
+        elif json.loads(record.read_text(encoding="utf-8"))["sha256"] != _digest(path):
+            log.warning("%s: not the bytes that were written; it is made anew", path)
+            todo.append(number)
+    return todo
 
 
 def _cache_key(dataset: FaceDataset, encoder: nn.Module) -> str:
@@ -53,20 +109,40 @@ def _cache_key(dataset: FaceDataset, encoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _rows(number: int, n: int) -> range:
+    """The images of a shard."""
+    return range(number * IMAGES_PER_SHARD, min(n, (number + 1) * IMAGES_PER_SHARD))
+
+
 @torch.inference_mode()
-def _encode_all(
-    dataset: FaceDataset, encoder: nn.Module, path: Path, batch_size: int, num_workers: int, device: torch.device
-) -> None:
-    shape = tuple(encoder(dataset[(0, False)][0][None].to(device)).shape[1:])  # (C, h, w)
-    if distributed.is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / "latents.json").unlink(missing_ok=True)
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(len(dataset), 2, *shape)).flush()
-    distributed.barrier()
-    latents = np.lib.format.open_memmap(path, mode="r+")
-    items = [(index, False) for index in distributed.share(range(len(dataset)))]
-    loader = DataLoader(dataset, batch_size=batch_size, sampler=items, num_workers=num_workers)
-    for images, indices in tqdm(loader, desc="latents", unit="batch", disable=not distributed.is_main()):
-        for mirrored, batch in enumerate((images, images.flip(-1))):
-            latents[indices.numpy(), mirrored] = encoder(batch.to(device)).float().cpu().numpy()  # images => latents
-    latents.flush()
+def _encode(
+    dataset: FaceDataset,
+    encoder: nn.Module,
+    rows: range,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    bar: tqdm,
+) -> np.ndarray:
+    """Images `rows` => float16 (rows, 2, C, h, w)."""
+    items = [(row, False) for row in rows]
+    parts: list[np.ndarray] = []
+    for images, _ in DataLoader(dataset, batch_size=batch_size, sampler=items, num_workers=num_workers):
+        images = images.to(device, non_blocking=True)
+        both = [encoder(view).half().cpu().numpy() for view in (images, images.flip(-1))]  # (b, C, h, w) each
+        parts.append(np.stack(both, axis=1))
+        bar.update(len(images))
+    return np.concatenate(parts)
+
+
+def _write(path: Path, latents: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, latents)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
