@@ -2,11 +2,11 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.test_training import overrides, weights  # noqa: F401 (a fixture)
+from tests.test_training import overrides, run, weights  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.slow
 
@@ -34,15 +34,22 @@ def start(folder: Path, arguments: list[str], processes: int = 2, restarts: int 
         )
 
 
-def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen) -> None:
-    """Until the run has logged `steps` steps."""
-    for _ in range(1200):
-        file = folder / "metrics.jsonl"
-        if file.is_file() and len(file.read_text().splitlines()) >= steps:
+def wait_for(condition: Callable[[], bool], folder: Path, process: subprocess.Popen) -> None:
+    """Until `condition` holds; fails, with the end of the output, where the run ends before or nothing happens."""
+    for _ in range(6000):
+        if condition():
             return
-        assert process.poll() is None, folder.with_suffix(".txt").read_text()[-3000:]
-        time.sleep(0.1)
+        if process.poll() is not None:
+            break
+        time.sleep(0.02)
     raise AssertionError(folder.with_suffix(".txt").read_text()[-3000:])
+
+
+def steps(folder: Path) -> int:
+    """The last step that the run has logged."""
+    file = folder / "metrics.jsonl"
+    lines = [line for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def workers(process: subprocess.Popen) -> list[int]:
@@ -50,62 +57,46 @@ def workers(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in children if "main.py" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
-@pytest.fixture
-def arguments(overrides):  # noqa: F811
-    """Enough short steps to be interrupted, a line of metrics each."""
-    return [*overrides, "training.steps=60", "training.steps_between_logging=1", "training.checkpoint.steps_between=10",
-            "training.steps_between_sampling=null"]  # fmt: skip
+def same_run(folder: Path, other: Path) -> None:
+    """Both runs logged the same losses and ended with the same bits."""
+    assert losses(folder) == losses(other)
+    for one, two in zip(weights(folder), weights(other), strict=True):
+        assert one == two if isinstance(one, int) else all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.fixture
-def undisturbed(arguments, tmp_path):
-    process = start(tmp_path / "whole", arguments)
-    assert process.wait(timeout=240) == 0
-    return tmp_path / "whole"
+def test_a_run_that_is_stopped_and_killed_equals_one_that_is_not(overrides, tmp_path):  # noqa: F811
+    arguments = [*overrides, "training.steps=150", "training.steps_between_logging=1",
+                 "training.checkpoint.steps_between=20", "training.steps_between_sampling=null"]  # fmt: skip
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
+    assert start(whole, arguments).wait(timeout=240) == 0
 
-
-def test_sigterm_to_torchrun_and_to_a_worker(arguments, undisturbed, tmp_path):
-    folder = tmp_path / "stopped"
-    process = start(folder, arguments, restarts=1)
-    wait_for_steps(folder, 3, process)
+    # SIGTERM to torchrun, as Slurm sends it
+    process = start(folder, arguments)
+    wait_for(lambda: steps(folder) >= 3, folder, process)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) != 0
     saved = weights(folder)[0]
-    assert saved >= 3, "what was computed before the signal is saved"
+    assert 3 <= saved < 150, "what was computed before the signal is saved"
     assert "SIGTERM: saved step" in folder.with_suffix(".txt").read_text()
 
-    # the same command goes on; a worker that is told to stop costs nothing either
-    process = start(folder, arguments, restarts=1)
-    wait_for_steps(folder, saved + 3, process)
-    os.kill(workers(process)[-1], signal.SIGTERM)
-    assert process.wait(timeout=240) == 0, folder.with_suffix(".txt").read_text()[-3000:]
-    text = folder.with_suffix(".txt").read_text()
-    assert re.search(r"SIGTERM: saved step (\d+)", text) and text.count("going on from step") == 2
-    assert losses(folder) == losses(undisturbed)
-    for one, other in zip(weights(undisturbed)[1:], weights(folder)[1:], strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    # The same command goes on; then SIGTERM to a worker, and SIGKILLs
+    process, rng = start(folder, arguments, restarts=3), np.random.default_rng(0)
+    output = folder.with_suffix(".txt")
+    for number, sent in enumerate((signal.SIGTERM, signal.SIGKILL, signal.SIGKILL), start=1):
+        wait_for(lambda number=number: output.read_text().count("going on from step") == number, folder, process)
+        goal = weights(folder)[0] + int(rng.integers(2, 7))
+        wait_for(lambda goal=goal: steps(folder) >= goal, folder, process)
+        os.kill(int(rng.choice(workers(process))), sent)
+    assert process.wait(timeout=240) == 0, output.read_text()[-3000:]
+    assert output.read_text().count("going on from step") == 4
+    same_run(folder, whole)
 
 
-def test_random_kills_change_nothing(arguments, undisturbed, tmp_path):
-    folder, rng = tmp_path / "killed", np.random.default_rng(0)
-    process = start(folder, arguments, restarts=3)
-    for _ in range(3):
-        done = len((folder / "metrics.jsonl").read_text().splitlines()) if (folder / "metrics.jsonl").exists() else 0
-        wait_for_steps(folder, done // 10 * 10 + int(rng.integers(3, 14)), process)
-        os.kill(int(rng.choice(workers(process))), signal.SIGKILL)
-        time.sleep(1)
-    assert process.wait(timeout=240) == 0, folder.with_suffix(".txt").read_text()[-3000:]
-    assert losses(folder) == losses(undisturbed)
-    assert weights(folder)[0] == 60
-    for one, other in zip(weights(undisturbed)[1:], weights(folder)[1:], strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_two_processes_then_one_then_three(run_script, overrides, tmp_path):  # noqa: F811
+def test_two_processes_then_one_then_three(compose, run_script, overrides, tmp_path):  # noqa: F811
     common = [*overrides, "training.optimizer.lr=1e-3", "training.steps_between_logging=1"]
-    run_script("main.py", *common, "training.steps=6", "training.batch_size=12", f"output_dir={tmp_path / 'one'}")
-    for steps, processes in ((2, 2), (4, 1), (6, 3)):
-        batch = f"training.batch_size={12 // processes}"
-        where = f"output_dir={tmp_path / 'many'}"
-        run_script("main.py", *common, f"training.steps={steps}", batch, where, processes=processes)
+    run(compose("train_config", *common, "training.batch_size=12", f"output_dir={tmp_path / 'one'}"))
+    many = [*common, f"output_dir={tmp_path / 'many'}"]
+    run_script("main.py", *many, "training.steps=2", "training.batch_size=6", processes=2)
+    run(compose("train_config", *many, "training.steps=4", "training.batch_size=12"))
+    run_script("main.py", *many, "training.steps=6", "training.batch_size=4", processes=3)
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
