@@ -28,7 +28,7 @@ from diffusion.schedule import NoiseSchedule
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, load_torch, strict_load
 from utils.config import UserError
-from utils.curves import plot_metrics
+from utils.curves import CURVES, plot_metrics
 from utils.data.face_dataset import FaceDataset
 from utils.data.prefetch import prefetch
 from utils.data.step_sampler import StepSampler
@@ -37,12 +37,11 @@ from utils.guards import FiniteSteps, MovingLoss, save_or_warn, write_or_warn
 from utils.images import write_image
 from utils.interruption import StopRequest
 from utils.logging import ScalarLogger, get_logger
-from utils.metrics_file import MetricsFile
+from utils.metrics_file import MetricsFile, report
 from utils.precision import autocast, check_precision, warn_of_emulation
 
 log = get_logger(__name__)
 
-CURVES = "training.png"
 PATIENCE = 2000  # steps after which a loss should have moved
 
 
@@ -239,7 +238,7 @@ def train(
                     metrics["loss"] = distributed.all_reduce_mean(torch.stack(losses).mean()).item()
                     moving_loss.look(metrics["loss"], done)
                     progress.set_postfix(loss=f"{metrics['loss']:.4f}", img_s=f"{images / seconds:.0f}", refresh=False)
-                write_or_warn("the log", partial(_report, scalars, metrics_file, done, metrics))
+                write_or_warn("the log", partial(report, scalars, metrics_file, done, metrics))
                 losses, waited, images, tick = [], 0.0, 0, time.perf_counter()
 
             # Look
@@ -284,11 +283,6 @@ def train(
         log.info("step %d: %s", cfg.steps, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     scalars.close()
     return metrics
-
-
-def _report(scalars: ScalarLogger, metrics_file: MetricsFile, step: int, metrics: dict[str, float]) -> None:
-    scalars.scalars({f"train/{name}": value for name, value in metrics.items()}, step)
-    metrics_file.append({"step": step, **metrics})
 
 
 def _backward(

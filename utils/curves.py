@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from utils.checkpoint import write_atomically
 
+CURVES = "training.png"  # in the run folder
 COLUMNS = 2
 SMOOTHING = 0.03  # share of all points that the dark line averages over
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from utils import distributed
 from utils.checkpoint import write_text
+from utils.logging import ScalarLogger
 
 
 class MetricsFile:
@@ -21,6 +22,12 @@ class MetricsFile:
         if distributed.is_main():
             with self.path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
+
+
+def report(scalars: ScalarLogger, file: MetricsFile, step: int, values: dict[str, float]) -> None:
+    """One logged step of a training run, to all who keep it."""
+    scalars.scalars({f"train/{name}": value for name, value in values.items()}, step)
+    file.append({"step": step, **values})
 
 
 def _step(line: str) -> float:

@@ -33,20 +33,19 @@ from models.autoencoder.vqgan import DECODER_FILE, ENCODER_FILE, VQModel, save_a
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, strict_load, write_json
 from utils.config import UserError, existing_file
-from utils.curves import plot_metrics
+from utils.curves import CURVES, plot_metrics
 from utils.data.step_sampler import StepSampler
 from utils.ema import EMA
 from utils.guards import FiniteSteps, save_or_warn, write_or_warn
 from utils.images import to_float, write_image
 from utils.interruption import StopRequest
 from utils.logging import ScalarLogger, get_logger
-from utils.metrics_file import MetricsFile
+from utils.metrics_file import MetricsFile, report
 from utils.precision import autocast, check_precision, warn_of_emulation
 
 log = get_logger(__name__)
 
 METRICS_FILE = "metrics.json"
-CURVES = "training.png"
 POSTFIX = (("l1", "l1"), ("codes", "perplexity"))  # of the progress bar
 PREVIEW_IMAGES = 16
 VALIDATION_IMAGES = 1024  # at most, in each report
@@ -232,7 +231,7 @@ def train(
                     "minutes": minutes,
                     "skipped_steps": float(finite_steps.skipped),
                 }
-                write_or_warn("the log", partial(_report, scalars, metrics_file, step, values))
+                write_or_warn("the log", partial(report, scalars, metrics_file, step, values))
                 shown = {name: f"{values[key]:.4g}" for name, key in POSTFIX if key in values}
                 progress.set_postfix(shown, refresh=False)
                 window = _Window(model.n_embed, device)
@@ -297,11 +296,6 @@ def train(
     log.info("wrote %s and %s to %s; %s", ENCODER_FILE, DECODER_FILE, output_dir, _in_words(metrics))
     scalars.close()
     return metrics
-
-
-def _report(scalars: ScalarLogger, metrics_file: MetricsFile, step: int, values: dict[str, float]) -> None:
-    scalars.scalars({f"train/{name}": value for name, value in values.items()}, step)
-    metrics_file.append({"step": step, **values})
 
 
 def _check(cfg: TrainingSettings, dataset: DatasetSettings, autoencoder: dict[str, Any]) -> None:
