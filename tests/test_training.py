@@ -105,9 +105,9 @@ def test_mixed_precision(compose, overrides, tmp_path, precision):
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does(run_script, overrides, tmp_path):
+def test_two_processes_compute_what_one_does(compose, run_script, overrides, tmp_path):
     common = [*overrides, "training.steps=3", "training.optimizer.lr=1e-3"]
-    run_script("main.py", *common, f"output_dir={tmp_path / 'one'}", "training.batch_size=8")
+    run(compose("train_config", *common, f"output_dir={tmp_path / 'one'}", "training.batch_size=8"))
     run_script("main.py", *common, f"output_dir={tmp_path / 'two'}", "training.batch_size=4", processes=2)
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / x / "metrics.jsonl").read_text().splitlines()]
