@@ -28,7 +28,7 @@ TINY = [
     "training.steps=6",
     "training.checkpoint.steps_between=3",
     "training.steps_between_logging=2",
-    "training.steps_between_sampling=100",
+    "training.steps_between_sampling=null",
 ]
 
 
