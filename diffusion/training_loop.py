@@ -178,7 +178,9 @@ def train(
     net = torch.compile(unet) if cfg.compile else unet
     if distributed.world_size() > 1:
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
-    batches = prefetch(_batches(unet, schedule, dataset, first_stage, scale, cfg, first_step, device))
+    batches = _batches(unet, schedule, dataset, first_stage, scale, cfg, first_step, device)
+    if device.type == "cuda":  # on the CPU a second thread would take cores from the step
+        batches = prefetch(batches)
     scalars = ScalarLogger(output_dir, cfg.wandb_project, config)
     metrics_file = MetricsFile(output_dir / "metrics.jsonl", first_step)
     log.info(

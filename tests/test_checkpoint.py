@@ -109,3 +109,15 @@ def test_folder_keeps_the_newest_and_the_milestones(tmp_path, caplog):
     with pytest.raises(UserError, match="none of its 3 checkpoints"):
         folder.load_latest()
     assert CheckpointFolder(tmp_path / "new").load_latest() is None
+
+
+def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path):
+    for step in (10, 12):
+        CheckpointFolder(tmp_path).save(step, {"w": torch.zeros(3)})
+    cut = tmp_path / "step_00000012.ckpt"
+    cut.write_bytes(cut.read_bytes()[:100])
+    folder = CheckpointFolder(tmp_path, keep=2)
+    assert folder.load_latest()["step"] == 10
+    folder.save(13, {"w": torch.ones(3)})
+    (tmp_path / "step_00000013.ckpt").write_bytes(b"cut too")
+    assert CheckpointFolder(tmp_path).load_latest()["step"] == 10

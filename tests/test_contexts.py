@@ -174,3 +174,10 @@ def test_shrinkage_is_that_of_ledoit_and_wolf():
     np.testing.assert_allclose(np.diag(shrunk), [2.3991457, 2.85173338, 1.2895254, 0.57965973, 0.48691277], atol=1e-8)
     assert shrunk[0, 1] == pytest.approx(-0.52869989)
     np.testing.assert_allclose(_covariance(rows, 0.0), np.cov(rows.T, ddof=0), atol=1e-12)
+
+
+def test_embeddings_of_images_are_not_taken_for_contexts(tmp_path):
+    write_embeddings(tmp_path, ["a/0.png", "a/1.png", "b/0.png"], np.eye(3, 8, dtype=np.float32))
+    with pytest.raises(UserError, match=r"embeddings\.npy: one embedding an image, .* contexts\.npy is beside it"):
+        read_contexts(tmp_path / "embeddings.npy")
+    assert read_contexts(tmp_path / "contexts.npy")[0] == ["a", "b"]

@@ -192,6 +192,7 @@ class CheckpointFolder:
         if keep < 1:
             raise UserError(f"keep_checkpoints: {keep}; at least one checkpoint must be kept")
         self.folder, self.keep, self.milestones = Path(folder), keep, set(milestones)
+        self._damaged: set[Path] = set()  # found by load_latest; none of them counts as kept
 
     def paths(self) -> list[Path]:
         """All complete checkpoints, oldest first."""
@@ -203,7 +204,8 @@ class CheckpointFolder:
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write the state of `step` (whole or not at all), then delete what is older than the last `keep`."""
         path = save_torch({**state, "step": step}, self.folder / f"step_{step:08d}.ckpt")
-        for old in self.paths()[: -self.keep]:
+        good = [p for p in self.paths() if p not in self._damaged or p == path]
+        for old in good[: -self.keep]:
             if int(self.PATTERN.match(old.name)[1]) not in self.milestones:
                 old.unlink()
         return path
@@ -216,6 +218,7 @@ class CheckpointFolder:
             try:
                 return load_torch(path)
             except UserError as error:
+                self._damaged.add(path)
                 log.warning("%s; going back to the checkpoint before it", error)
         if paths:
             raise UserError(f"{self.folder}: none of its {len(paths)} checkpoints can be read")

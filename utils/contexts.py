@@ -56,6 +56,8 @@ def read_contexts(path: str | Path) -> tuple[list[str], np.ndarray]:
     names, rows = _read(path)
     if names is None:
         beside = _names_beside(path, (f"{path.stem.removesuffix('s')}_names.txt",))
+        if beside is None and path.name == "embeddings.npy" and _names_beside(path, ("image_names.txt",)):
+            raise UserError(f"{path}: one embedding an image, not one context an identity; contexts.npy is beside it")
         names = [NUMBERED.format(row) for row in range(len(rows))] if beside is None else _read_names(beside)
     return _checked(path, names, rows)
 
