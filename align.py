@@ -13,9 +13,16 @@ logger = get_logger("align")
 def main(cfg: DictConfig) -> None:
     summary = run_alignment(settings(cfg, AlignSettings, ""))
     logger.info(
-        "%d images of %d identities: %d aligned (%.2f %%), %d resized, %d failed, %d discarded; %.0f s, %.1f/s; %s/%s",
+        "%d images of %d identities: %d aligned (%.2f %%), %d resized, %d failed (%d of them unreadable), "
+        "%d discarded; %.0f s, %.1f/s; %s/%s",
         *(summary["images"], summary["identities"], summary["aligned"], 100 * summary["rate"], summary["resized"]),
-        *(summary["failed"], summary["discarded"], summary["seconds"], summary["images_per_second"]),
+        *(
+            summary["failed"],
+            summary["unreadable"],
+            summary["discarded"],
+            summary["seconds"],
+            summary["images_per_second"],
+        ),
         *(cfg.output_dir, SUMMARY),
     )
 

@@ -21,7 +21,7 @@ from utils import distributed
 from utils.checkpoint import write_json
 from utils.config import UserError, entry_point, existing_file, existing_folder, settings
 from utils.contexts import save_rows, write_embeddings
-from utils.images import list_images
+from utils.images import image_size, list_images
 from utils.logging import get_logger
 
 PART_SIZE = 256
@@ -65,6 +65,12 @@ def encode(options: EncodeSettings) -> None:
         backbone = load_backbone(checkpoint)
     else:
         backbone = load_published_backbone(checkpoint, options.backbone, input_size=options.input_size)
+    height, width = image_size(root / names[0])
+    if height != width:
+        logger.warning(
+            "input_dir: %s is %d x %d pixels, not a square crop; recognisers take faces as align.py makes them",
+            *(names[0], width, height),
+        )
     output_dir = Path(options.output_dir)
     description_file, parts = output_dir / "encoder.json", output_dir / ".parts"
     description = describe(options, names)
@@ -96,6 +102,11 @@ def encode(options: EncodeSettings) -> None:
         write_embeddings(output_dir, names, np.concatenate([np.load(file, allow_pickle=False) for _, file in files]))
         write_json(description_file, description)
         shutil.rmtree(parts)
+        logger.info(
+            "%d embeddings, %d wide, in %s: embeddings.npy for main.py (model.context_input_channels=%d), contexts.npy "
+            "for sample.py",
+            *(len(names), backbone.num_features, output_dir, backbone.num_features),
+        )
     distributed.barrier()
 
 
@@ -124,7 +135,6 @@ def main(cfg: DictConfig) -> None:
     chosen = {"backbone": published.name, "input_size": published.input_size} if published is not None else {}
     own = {key: cfg[key] for key in cfg if key != "backbone"}
     encode(settings({"backbone": None, "input_size": 112, **own, **chosen}, EncodeSettings, ""))
-    logger.info("embeddings.npy and contexts.npy are in %s", cfg.output_dir)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from diffusion.first_stage import FirstStage, load_first_stage
 from diffusion.training_loop import TrainingSettings, train
 from utils import distributed
 from utils.config import UserError, entry_point, instantiate, plain, settings
-from utils.data.latents import cached_latents
 
 # Parts of the section `training` that are config groups, built by their `_target_`.
 GROUPS = ("optimizer", "lr_scheduler", "ema")
@@ -26,7 +25,6 @@ def main(cfg: DictConfig) -> dict[str, float]:
     )
     factories = [instantiate(cfg.training[name], f"training.{name}") for name in GROUPS]
     device = distributed.device(loop.device)
-    output_dir = Path(cfg.output_dir)
 
     if loop.context_dropout is not None:
         cfg.model.context_dropout_probability = loop.context_dropout
@@ -39,11 +37,7 @@ def main(cfg: DictConfig) -> dict[str, float]:
     dataset = instantiate(cfg.dataset, "dataset")
     _check_contexts(cfg, dataset)
     _check_size(cfg, unet, first_stage, device)
-    if first_stage.encoder is not None and loop.cache_latents:
-        first_stage.latents = cached_latents(
-            dataset, first_stage.encoder, output_dir, batch_size=64, num_workers=loop.num_workers, device=device
-        )
-    return train(unet, schedule, dataset, first_stage, *factories, loop, output_dir, plain(cfg))
+    return train(unet, schedule, dataset, first_stage, *factories, loop, Path(cfg.output_dir), plain(cfg))
 
 
 def _check_contexts(cfg: DictConfig, dataset: object) -> None:

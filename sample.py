@@ -51,8 +51,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         latent_diffusion=cfg.latent_diffusion,
         latent_shape=cfg.latent_shape,
     )
-    sampler = check_settings(generator, instantiate(cfg.sampler, "sampler"), sampling)
     identities = load_identities(generator.unet, sampling.contexts_file, sampling.n_contexts, sampling.seed)
+    sampler = check_settings(generator, instantiate(cfg.sampler, "sampler"), sampling)
     source = {
         "checkpoint.path": choice.path,
         "step": generator.step,

@@ -76,6 +76,14 @@ def split_blocks(options: SplitSettings) -> int:
         if other != file:
             raise UserError(f"input_dir: {other} and {file} are blocks of the same identity; rename one")
     tile_size = options.tile_size or recorded_tile_size(root)
+    if (
+        tile_size is None
+        and all("/" in file for file in files)
+        and block_tile_size(image_size(root / files[0])[1]) is None
+    ):
+        raise UserError(
+            f"input_dir: {root} holds folders of images ({files[0]}), not blocks; there is nothing to split"
+        )
     sizes = {identity: tile_size_of(root / file, tile_size) for identity, file in identities.items()}
     todo = [identity for identity in identities if not (Path(options.output_dir) / identity).exists()]
     distributed.barrier()  # all ranks have looked before one writes: they must share out the same list

@@ -139,7 +139,7 @@ class Commands:
         shown = shlex.join(["python", *arguments])
         if processes > 1:
             launcher = ["--nproc_per_node", str(processes)]
-            shown = shlex.join(["torchrun", *launcher, *arguments])
+            shown = shlex.join(["torchrun", "--standalone", *launcher, *arguments])
             arguments = ["-m", "torch.distributed.run", "--standalone", *launcher, *arguments]
         self.record.commands.append(shown)
         log.info("    %s", shown)

@@ -19,7 +19,7 @@ from diffusion.first_stage import FirstStage
 from diffusion.schedule import NoiseSchedule
 from models.autoencoder.vqgan import load_decoder
 from models.diffusion.unet import ConditionalUNet
-from utils.checkpoint import CheckpointFolder, load_network_file, load_torch, strict_load
+from utils.checkpoint import CheckpointFolder, load_network_file, load_torch, read_metadata, strict_load
 from utils.config import UserError, existing_file, instantiate
 
 PUBLISHED_LATENT_SHAPE = (3, 32, 32)  # 128 x 128 images through the VQ-f4 autoencoder
@@ -72,8 +72,7 @@ def load_generator(
     checkpoint says; a published one diffuses latents of 3 x 32 x 32. Raises UserError where a file is missing, does not
     fit, or comes from another autoencoder than the decoder.
     """
-    path = find_checkpoint(choice)
-    record = _read_record(path)
+    path, record = _read_checkpoint(choice)
     if record is not None:
         config = record["config"]
         unet = instantiate(config["model"], "model")
@@ -139,19 +138,25 @@ def load_generator(
     )
 
 
-def find_checkpoint(choice: CheckpointChoice) -> Path:
-    """The file that `choice` names; in a folder that of `global_step`, or the newest. Published files count."""
+def _read_checkpoint(choice: CheckpointChoice) -> tuple[Path, Mapping[str, Any] | None]:
+    """The file that `choice` names, and what it holds if main.py wrote it; None for a published one.
+
+    In a folder the file of `global_step`, or the newest that can be read.
+    """
     path = Path(choice.path)
     if path.is_file():
         if choice.global_step is not None:
             raise UserError(f"checkpoint.global_step: {path} is one file; give a run folder, or leave it out")
-        return path
+        return path, _as_record(path, None if path.suffix == ".safetensors" else load_torch(path))
     if not path.is_dir():
         raise UserError(
             f"checkpoint.path: no such file or folder: {path}; give a run folder of main.py or a checkpoint"
         )
     folder = CheckpointFolder(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     found = {int(folder.PATTERN.match(file.name)[1]): file for file in folder.paths()}
+    if found and choice.global_step is None:
+        path, state = folder.load_newest()
+        return path, _as_record(path, state)
     if not found:
         matches = [(match, file) for file in path.iterdir() if (match := _PUBLISHED_FILE.match(file.name))]
         found = {int(match[1] or -1): file for match, file in matches}  # the one without a number comes first
@@ -159,26 +164,20 @@ def find_checkpoint(choice: CheckpointChoice) -> Path:
         raise UserError(
             f"checkpoint.path: no checkpoint in {path}; main.py writes checkpoints/step_<number>.ckpt there"
         )
-    if choice.global_step is None:
-        return found[max(found)]
-    if choice.global_step not in found:
+    step = max(found) if choice.global_step is None else choice.global_step
+    if step not in found:
         steps = ", ".join(str(step) for step in sorted(found))
-        raise UserError(
-            f"checkpoint.global_step: no checkpoint of step {choice.global_step} in {path}; there are {steps}"
-        )
-    return found[choice.global_step]
+        raise UserError(f"checkpoint.global_step: no checkpoint of step {step} in {path}; there are {steps}")
+    return found[step], _as_record(found[step], load_torch(found[step]))
 
 
-def _read_record(path: Path) -> Mapping[str, Any] | None:
-    """A checkpoint of main.py, or None for any other file of tensors."""
-    if path.suffix == ".safetensors":
-        return None
-    record = load_torch(path)
-    if not isinstance(record, dict) or "kind" not in record:
-        return None
-    if record["kind"] != "diffusion":
-        raise UserError(f"checkpoint.path: {path} is a checkpoint of kind {record['kind']!r}, not 'diffusion'")
-    return record
+def _as_record(path: Path, content: Any) -> Mapping[str, Any] | None:
+    """`content` of a file if it is a checkpoint of main.py, None if it may be a published one; UserError otherwise."""
+    described = content if isinstance(content, dict) else read_metadata(path)
+    kind = described.get("kind")
+    if kind not in (None, "diffusion"):
+        raise UserError(f"checkpoint.path: {path} is a file of kind {kind!r}; give a checkpoint of main.py")
+    return content if kind is not None else None
 
 
 def _from_file(path: str | None, key: str, hint: str) -> Any:

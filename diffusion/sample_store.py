@@ -84,6 +84,9 @@ class SampleStore:
         for key in sorted({*known["fixed"], *value["fixed"]}):
             was, now = known["fixed"].get(key), value["fixed"].get(key)
             if was != now:
+                told = [settings["source"].get("step") for settings in (value, known)] if key == "checkpoint" else []
+                if None not in told and len(set(told)) == 2:
+                    return f"checkpoint: step {told[0]}, before step {told[1]} (checkpoint.global_step chooses)"
                 return f"{key}: {_short(now)}, before {_short(was)}"
         for key, now in value["sizes"].items():
             was = known["sizes"][key]

@@ -30,6 +30,7 @@ from utils.checkpoint import CheckpointFolder, load_torch, strict_load
 from utils.config import UserError
 from utils.curves import CURVES, plot_metrics
 from utils.data.face_dataset import FaceDataset
+from utils.data.latents import cached_latents
 from utils.data.prefetch import prefetch
 from utils.data.step_sampler import StepSampler
 from utils.ema import EMA
@@ -159,6 +160,7 @@ def train(
     folder = CheckpointFolder(output_dir / "checkpoints", cfg.checkpoint.keep, tuple(cfg.steps_of_checkpoints))
     first_step, losses, skipped = 0, [], 0  # losses since the last logged step, a scalar each
     state = folder.load_latest() if cfg.checkpoint.restore else None
+    goes_on = state is not None
     if state is None and cfg.checkpoint.path is not None:
         state = load_torch(cfg.checkpoint.path)
     if state is not None:
@@ -166,12 +168,20 @@ def train(
         losses = [torch.tensor(loss, device=device) for loss in state.get("losses", [])]
         skipped = state.get("skipped_steps", 0)
         log.info("going on from step %d", first_step)
+        if goes_on:
+            _check_same_latents(state, first_stage, config, output_dir)
         changed = sorted(_differences(state["config"], config))
         if changed:
             log.warning("going on with other settings than the checkpoint's: %s", ", ".join(changed))
     if first_step >= cfg.steps:
         log.info("the run is complete (%d steps); give another output_dir or more training.steps", first_step)
         return {}
+
+    # Latents, once
+    if first_stage.encoder is not None and cfg.cache_latents:
+        first_stage.latents = cached_latents(
+            dataset, first_stage.encoder, output_dir, batch_size=64, num_workers=cfg.num_workers, device=device
+        )
 
     # From here on `net` computes the loss: compiled and wrapped, same weights
     unet.activation_checkpointing = cfg.activation_checkpointing
@@ -246,12 +256,14 @@ def train(
             # Look
             if cfg.steps_between_sampling and (done % cfg.steps_between_sampling == 0 or done == cfg.steps):
                 if distributed.is_main():
+                    progress.set_description("drawing the preview")
                     preview = draw_preview(
                         ema.model, schedule, dataset, first_stage, batch.x_0.shape[1:], scale, cfg.seed
                     )
                     path = output_dir / "previews" / f"step_{done:08d}.png"
                     write_or_warn("the preview", partial(write_image, path, preview))
                     write_or_warn("the preview", partial(scalars.image, "preview", preview, done))
+                    progress.set_description(None)
                 distributed.barrier()
 
             # Save; a SIGTERM to any rank ends the run after a checkpoint
@@ -283,6 +295,9 @@ def train(
                 stop.leave(done)
     if metrics:
         log.info("step %d: %s", cfg.steps, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        log.info(
+            "checkpoints, %s and previews are in %s; sample.py checkpoint.path=%s draws", CURVES, *[output_dir] * 2
+        )
     scalars.close()
     return metrics
 
@@ -325,6 +340,20 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
                 yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
     elif old != new:
         yield key
+
+
+def _check_same_latents(
+    state: dict[str, Any], first_stage: FirstStage, config: dict[str, Any], output_dir: Path
+) -> None:
+    """A run goes on with images of the size, and the autoencoder, that it was begun with."""
+    was, now = (c.get("constants", {}).get("image_size") for c in (state["config"], config))
+    if was != now:
+        raise UserError(f"constants.image_size: {now}, but {output_dir} holds a run on {was}; give another output_dir")
+    if abs(first_stage.latent_scale - state["latent_scale"]) > 1e-4 * state["latent_scale"]:
+        raise UserError(
+            f"training.checkpoint.VQEncoder: latent_scale {first_stage.latent_scale:.6g}, but {output_dir} holds a run "
+            f"with {state['latent_scale']:.6g}; give the autoencoder that it was begun with, or another output_dir"
+        )
 
 
 def _restore(state: dict[str, Any], unet: nn.Module, ema: EMA, optimizer: Any, lr_scheduler: Any, scaler: Any) -> int:

@@ -41,6 +41,14 @@ def test_embeddings_and_contexts_are_written(options, monkeypatch):
     assert not (out / ".parts").exists()
 
 
+def test_width_and_uncropped_images_are_told(options, caplog):
+    caplog.set_level("INFO")
+    write_image(Path(options.input_dir) / "a" / "0.png", np.zeros((40, 60, 3), np.uint8))
+    encode.encode(options)
+    assert "a/0.png is 60 x 40 pixels, not a square crop" in caplog.text
+    assert "model.context_input_channels=16" in caplog.text
+
+
 def test_a_killed_run_resumes(options, monkeypatch):
     monkeypatch.setattr(encode, "PART_SIZE", 2)
     embedded = []

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -289,6 +290,26 @@ def test_live_weights_differ_from_the_average(files):
     assert (average.step, average.context_scale, average.latent_shape) == (7, 4.0, (3, 8, 8))
 
 
+def test_a_damaged_newest_checkpoint_is_passed_over(files, finished, tmp_path, caplog):
+    shutil.copytree(files / "run", tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step_00000009.ckpt").write_bytes(b"cut short")
+    choice = CheckpointChoice(str(tmp_path / "run"))
+    assert load_generator(choice, str(files / "vq_decoder.safetensors")).step == 7
+    assert "step_00000009.ckpt: not a readable checkpoint" in caplog.text and "going back" in caplog.text
+    choice = CheckpointChoice(str(tmp_path / "run"), global_step=9)
+    with pytest.raises(UserError, match=r"step_00000009\.ckpt: not a readable checkpoint"):
+        load_generator(choice, str(files / "vq_decoder.safetensors"))
+
+
+def test_another_checkpoint_is_told_by_its_step(files, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    shutil.copytree(files / "run", tmp_path / "run")
+    record = torch.load(files / "run" / "checkpoints" / "step_00000007.ckpt", weights_only=True)
+    save_torch({**record, "ema": record["model"], "step": 9}, tmp_path / "run" / "checkpoints" / "step_00000009.ckpt")
+    with pytest.raises(UserError, match="checkpoint: step 9, before step 7"):
+        run(files, tmp_path / "out", "sampler.num_steps=10", f"checkpoint.path={tmp_path / 'run'}")
+
+
 def test_published_file_takes_its_schedule_from_itself(files, tmp_path):
     """A state dict as the published code writes it: prefixes, eight buffers beside the network, no configuration."""
     record = torch.load(files / "run" / "checkpoints" / "step_00000007.ckpt", weights_only=True)
@@ -339,6 +360,7 @@ def test_pixel_space_needs_no_decoder(files, tmp_path):
         ("sampling.calibration.target_t=300", "sampling.calibration.target_t: 300"),
         ("sampler=three_stage", "two_stage"),
         ("sampler.num_steps=0", "num_steps: 0"),
+        ("checkpoint.path={recogniser}", "is a file of kind 'recognition_backbone'; give a checkpoint of main.py"),
         ("sampler.indexing=other", "sampler.indexing: 'other'; give one of exact, published"),
         ("model_cfg_path=x.yaml", "carries its own configuration"),
     ],
@@ -346,7 +368,9 @@ def test_pixel_space_needs_no_decoder(files, tmp_path):
 def test_a_mistake_is_one_line_and_status_2(files, tmp_path, monkeypatch, capsys, mistake, message):
     wide = tmp_path / "wide.npy"
     np.save(wide, np.ones((3, WIDTH + 1), np.float32))
-    words = overrides(files, tmp_path / "out", mistake.format(wide=wide))
+    recogniser = tmp_path / "backbone.safetensors"
+    save_safetensors({"weight": torch.ones(2)}, recogniser, {"kind": "recognition_backbone"})
+    words = overrides(files, tmp_path / "out", mistake.format(wide=wide, recogniser=recogniser))
     monkeypatch.setattr(sys, "argv", ["sample.py", *words])
     with pytest.raises(SystemExit) as end:
         sample.main()

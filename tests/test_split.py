@@ -73,6 +73,9 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "in").mkdir()
     with pytest.raises(UserError, match="input_dir: no images"):
         split(tmp_path)
+    write_image(tmp_path / "folders" / "in" / "a" / "0.png", tiles(1, 64)[0])
+    with pytest.raises(UserError, match=r"holds folders of images \(a/0\.png\), not blocks"):
+        split(tmp_path / "folders")
     for suffix in ("png", "jpg"):
         write_image(tmp_path / "in" / f"a.{suffix}", write_block(tiles(5, 112), 5))
     with pytest.raises(UserError, match=r"a\.jpg and a\.png are blocks of the same identity"):

@@ -1,13 +1,14 @@
 """The diffusion loop: exact resume, world size, precision, what a run leaves behind, and bad input."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 import main as main_module
-from utils.checkpoint import CheckpointFolder, load_torch
+from utils.checkpoint import CheckpointFolder, load_torch, save_torch
 from utils.config import UserError
 from utils.data.step_sampler import StepSampler
 from utils.images import read_image
@@ -160,8 +161,25 @@ def test_latents_are_cached_and_a_stale_cache_is_refused(compose, overrides, fac
     assert np.load(tmp_path / "a" / "latents" / "00000.npy", mmap_mode="r").shape == (18, 2, 3, 8, 8)
     assert load_torch(tmp_path / "a" / "checkpoints" / "step_00000002.ckpt")["latent_scale"] == 2.0
     key = (tmp_path / "a" / "latents" / "latents.json").read_text()
-    run(compose("train_config", *common, f"output_dir={tmp_path / 'a'}", "constants.image_size=32", "training.steps=3"))
+    another = [f"dataset.samples_root={tmp_path / 'fewer' / 'faces'}"]
+    shutil.copytree(face_folder, tmp_path / "fewer")
+    shutil.rmtree(tmp_path / "fewer" / "faces" / "id0")
+    assert run(compose("train_config", *common, f"output_dir={tmp_path / 'a'}", *another)) == {}
+    assert (tmp_path / "a" / "latents" / "latents.json").read_text() == key, "a complete run makes no latents"
+    run(compose("train_config", *common, f"output_dir={tmp_path / 'a'}", "training.steps=3", *another))
     assert (tmp_path / "a" / "latents" / "latents.json").read_text() != key
+
+
+def test_a_run_goes_on_with_its_own_size_and_autoencoder_only(compose, overrides, tmp_path):
+    run(compose("train_config", *overrides, f"output_dir={tmp_path}", "training.steps=1"))
+    with pytest.raises(UserError, match=r"constants\.image_size: 32, but .* holds a run on 16"):
+        run(compose("train_config", *overrides, f"output_dir={tmp_path}", "constants.image_size=32"))
+    (path,) = CheckpointFolder(tmp_path / "checkpoints").paths()
+    save_torch({**load_torch(path), "latent_scale": 2.0}, path)
+    with pytest.raises(UserError, match=r"VQEncoder: latent_scale 1, but .* holds a run with 2"):
+        run(compose("train_config", *overrides, f"output_dir={tmp_path}"))
+    more = ("constants.image_size=32", f"training.checkpoint.path={path}", "training.steps=2")
+    assert run(compose("train_config", *overrides, f"output_dir={tmp_path / 'finer'}", *more))["loss"] > 0
 
 
 def test_bad_input(compose, overrides, tmp_path):

@@ -43,6 +43,7 @@ from utils.logging import get_logger
 REPORT, SUMMARY, SETTINGS = "alignment_report.jsonl", "alignment_summary.json", "alignment_settings.json"
 PART_PATTERN = ".alignment_report.*.part"
 IMAGES_PER_UNIT = 64
+NO_FACE = "no face found"
 STATUSES = ("aligned", "resized", "failed", "discarded")
 
 logger = get_logger(__name__)
@@ -242,7 +243,7 @@ def _entry(status: str, detection: Detection) -> Record:
         "probability": round(detection.probability, 4) if found else None,
         "faces": detection.faces,
         "landmarks": np.round(detection.landmarks.astype(float), 2).tolist() if found else None,
-        **({} if found else {"reason": "no face found"}),
+        **({} if found else {"reason": NO_FACE}),
     }
 
 
@@ -376,6 +377,9 @@ def _summarise(settings: AlignSettings, layout: str, seconds: float, done: set[s
         "images": len(records),
         "identities": len(identities),
         **{status: counts[status] for status in STATUSES},
+        "unreadable": sum(
+            record.get("reason", NO_FACE) != NO_FACE for record in records if record["status"] == "failed"
+        ),
         "rate": counts["aligned"] / max(1, len(records)),
         "layout": layout,
         "seconds": round(seconds, 1),

@@ -85,8 +85,12 @@ def load_torch(path: str | Path, map_location: str | torch.device = "cpu") -> An
         raise UserError(f"no such checkpoint: {path}")
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    except pickle.UnpicklingError as error:  # torch's own words are a page of advice on executing the file
+        raise UserError(
+            f"{path}: not a readable checkpoint; damaged, or it holds more than tensors and numbers"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a readable checkpoint; damaged or cut short") from error
 
 
 def save_safetensors(tensors: Mapping[str, torch.Tensor], path: str | Path, metadata: Mapping[str, Any]) -> Path:
@@ -211,12 +215,17 @@ class CheckpointFolder:
         return path
 
     def load_latest(self) -> dict[str, Any] | None:
-        """The newest readable state, or None in a new folder. A damaged file is named in a warning and passed over;
-        UserError when there are checkpoints and none can be read."""
+        """The newest readable state, or None in a new folder; see `load_newest`."""
+        newest = self.load_newest()
+        return None if newest is None else newest[1]
+
+    def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """File and state of the newest readable checkpoint, or None in a new folder. A damaged file is named in a
+        warning and passed over; UserError when there are checkpoints and none can be read."""
         paths = self.paths()
         for path in reversed(paths):
             try:
-                return load_torch(path)
+                return path, load_torch(path)
             except UserError as error:
                 self._damaged.add(path)
                 log.warning("%s; going back to the checkpoint before it", error)
