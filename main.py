@@ -9,7 +9,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion.first_stage import FirstStage, load_first_stage
-from diffusion.training_loop import TrainingSettings, train
+from diffusion.training_loop import train
+from diffusion.training_settings import TrainingSettings
 from utils import distributed
 from utils.config import UserError, entry_point, instantiate, plain, settings
 

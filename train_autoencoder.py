@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from models.autoencoder.data import DatasetSettings
 from models.autoencoder.modules import Encoder
-from models.autoencoder.training_loop import TrainingSettings, train
+from models.autoencoder.training_loop import train
+from models.autoencoder.training_settings import TrainingSettings
 from utils.config import check_keys, entry_point, instantiate, plain, settings
 
 # Parts of the section `training` that are config groups, built by their `_target_`.

@@ -30,7 +30,9 @@ from omegaconf import OmegaConf
 from diffusion.ddpm import training_loss
 from diffusion.first_stage import FirstStage, load_first_stage
 from diffusion.schedule import NoiseSchedule
-from diffusion.training_loop import CheckpointSettings, TrainingSettings, _batches, train
+from diffusion.training_batches import training_batches
+from diffusion.training_loop import train
+from diffusion.training_settings import CheckpointSettings, TrainingSettings
 from models.autoencoder.vqgan import VQModel, save_autoencoder
 from models.diffusion.unet import ConditionalUNet
 from utils.config import CONFIG_DIR
@@ -118,7 +120,7 @@ def run_published(folder: Path, size: dict[str, Any], steps: int) -> dict[str, A
     unet.train()
     seconds, losses, waited = [], [], 0.0
     tick = asked = time.perf_counter()
-    for batch in _batches(unet, schedule, dataset, first_stage, 1.0, cfg, 0, torch.device("cpu")):
+    for batch in training_batches(unet, schedule, dataset, first_stage, 1.0, cfg, 0, torch.device("cpu")):
         waited += time.perf_counter() - asked  # reading and encoding
         loss = training_loss(
             unet,

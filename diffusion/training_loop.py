@@ -9,22 +9,21 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffusion.ddpm import training_loss
 from diffusion.first_stage import FirstStage
 from diffusion.previews import draw_preview
 from diffusion.schedule import NoiseSchedule
+from diffusion.training_batches import Batch, training_batches
+from diffusion.training_settings import TrainingSettings
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, load_torch, strict_load
 from utils.config import UserError
@@ -32,7 +31,6 @@ from utils.curves import CURVES, plot_metrics
 from utils.data.face_dataset import FaceDataset
 from utils.data.latents import cached_latents
 from utils.data.prefetch import prefetch
-from utils.data.step_sampler import StepSampler
 from utils.ema import EMA
 from utils.guards import FiniteSteps, MovingLoss, save_or_warn, write_or_warn
 from utils.images import write_image
@@ -44,87 +42,6 @@ from utils.precision import autocast, check_precision, warn_of_emulation
 log = get_logger(__name__)
 
 PATIENCE = 2000  # steps after which a loss should have moved
-
-
-@dataclass
-class CheckpointSettings:
-    """Where weights come from and go to."""
-
-    restore: bool = True  # go on from the newest checkpoint of the run folder
-    path: str | None = None  # a checkpoint of another run to start from (weights, optimiser, step)
-    VQEncoder: str | None = None
-    VQDecoder: str | None = None
-    steps_between: int = 5000
-    keep: int = 2  # newest ones; the milestones in steps_of_checkpoints stay as well
-
-
-@dataclass
-class TrainingSettings:
-    """The section `training` of train_config.yaml, but for its config groups optimizer, lr_scheduler and ema."""
-
-    steps: int = 900_000
-    batch_size: int = 64  # images a process
-    num_workers: int = 4  # processes that decode images, a process
-    seed: int = 0
-    precision: str = "fp16"  # fp32, bf16 or fp16 (autocast; weights stay fp32)
-    device: str = "auto"
-    context_dropout: float | None = None  # overrides model.context_dropout_probability
-    context_permutation: float = 0.0  # share of samples that get the embedding of another image of their identity
-    context_scale: str = "unit"  # unit: unit vectors; sqrt_dim: times the square root of their width
-    horizontal_flip: bool = True
-    cache_latents: bool = True  # encode every image once; false runs the encoder in every step
-    gradient_clip: float | None = None  # largest norm of the gradient
-    micro_batch_size: int | None = None  # images computed at once, gradients added up; None: the whole batch
-    activation_checkpointing: bool = False  # compute activations twice instead of keeping them
-    max_bad_steps: int = 25  # so many steps in a row without a finite gradient end the run
-    channels_last: bool = True
-    compile: bool = False
-    steps_between_logging: int = 100
-    steps_between_sampling: int | None = 5000  # steps between previews, and at the end; None: none
-    wandb_project: str | None = None  # also log to this project of Weights & Biases
-    steps_of_checkpoints: list[int] = field(default_factory=list)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-
-    def __post_init__(self) -> None:
-        for key in (
-            "steps",
-            "batch_size",
-            "micro_batch_size",
-            "max_bad_steps",
-            "steps_between_logging",
-            "steps_between_sampling",
-        ):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise UserError(f"training.{key}: {getattr(self, key)}; it is at least 1")
-        for key in ("steps_between", "keep"):
-            if getattr(self.checkpoint, key) < 1:
-                raise UserError(f"training.checkpoint.{key}: {getattr(self.checkpoint, key)}; it is at least 1")
-        if self.num_workers < 0:
-            raise UserError(f"training.num_workers: {self.num_workers}; it is 0 or more")
-        if self.gradient_clip is not None and self.gradient_clip <= 0:
-            raise UserError(f"training.gradient_clip: {self.gradient_clip}; it is above 0, or null")
-        if not 0 <= self.context_permutation <= 1:
-            raise UserError(f"training.context_permutation: {self.context_permutation}; it is a share from 0 to 1")
-        check_precision(self.precision)
-
-
-@dataclass
-class Batch:
-    """One rank's part of a step: x_0 (B, C, H, W), contexts (B, D) or None, and its random numbers."""
-
-    x_0: Tensor
-    context: Tensor | None
-    t: Tensor  # (B,)
-    noise: Tensor  # (B, C, H, W)
-    empty_mask: Tensor | None  # (B,) bool
-    element_mask: Tensor | None  # (B, context channels) bool
-    indices: list[int]  # of the images
-
-    def split(self, size: int | None) -> Iterator["Batch"]:
-        """The batch in parts of at most `size` images; whole for None."""
-        for start in range(0, len(self.x_0), size or len(self.x_0)):
-            part = slice(start, start + (size or len(self.x_0)))
-            yield Batch(*(None if value is None else value[part] for value in vars(self).values()))
 
 
 def train(
@@ -188,7 +105,7 @@ def train(
     net = torch.compile(unet) if cfg.compile else unet
     if distributed.world_size() > 1:
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
-    batches = _batches(unet, schedule, dataset, first_stage, scale, cfg, first_step, device)
+    batches = training_batches(unet, schedule, dataset, first_stage, scale, cfg, first_step, device)
     if device.type == "cuda":  # on the CPU a second thread would take cores from the step
         batches = prefetch(batches)
     scalars = ScalarLogger(output_dir, cfg.wandb_project, config)
@@ -376,71 +293,3 @@ def _context_scale(name: str, dataset: FaceDataset) -> float:
     if name not in scales:
         raise UserError(f"training.context_scale: {name!r} is not one of {', '.join(scales)}")
     return scales[name]
-
-
-def _batches(
-    unet: nn.Module,
-    schedule: NoiseSchedule,
-    dataset: FaceDataset,
-    first_stage: FirstStage,
-    context_scale: float,
-    cfg: TrainingSettings,
-    first_step: int,
-    device: torch.device,
-) -> Iterator[Batch]:
-    """This rank's batches from `first_step` on, with their random numbers, on `device`."""
-    sampler = StepSampler(len(dataset), cfg.batch_size, cfg.seed, cfg.steps, first_step, cfg.horizontal_flip)
-    same_identity = dataset.same_identity() if cfg.context_permutation > 0 else None
-    conditional = unet.is_context_conditional
-    for step, (x_0, indices) in enumerate(_inputs(dataset, first_stage, sampler, cfg, device), start=first_step):
-        global_size = cfg.batch_size * distributed.world_size()
-        mine = slice(distributed.rank() * cfg.batch_size, (distributed.rank() + 1) * cfg.batch_size)
-        generator = torch.Generator().manual_seed(distributed.seed_for(cfg.seed, "step", step))
-        t = torch.randint(schedule.num_timesteps, (global_size,), generator=generator)
-        noise = torch.randn((global_size, *x_0.shape[1:]), generator=generator)
-        empty = torch.rand(global_size, generator=generator) < unet.unconditioned_probability
-        kept = torch.rand(global_size, unet.context_channels, generator=generator) >= unet.context_dropout_probability
-        context, people = None, indices  # `people`: the images whose embeddings are the contexts
-        if conditional:
-            if same_identity is not None:
-                rng = np.random.default_rng(distributed.seed_for(cfg.seed, "permutation", step))
-                swap = rng.random(global_size)[mine] < cfg.context_permutation
-                which = rng.random(global_size)[mine]
-                others = [
-                    int(same_identity[i][int(w * len(same_identity[i]))]) for i, w in zip(indices, which, strict=True)
-                ]
-                people = np.where(swap, others, indices).tolist()
-            context = (dataset.embeddings[people] * context_scale).to(device, non_blocking=True)
-        yield Batch(
-            x_0=x_0,
-            context=context,
-            t=t[mine].to(device, non_blocking=True),
-            noise=noise[mine].to(device, non_blocking=True),
-            empty_mask=empty[mine].to(device, non_blocking=True) if conditional else None,
-            element_mask=kept[mine].to(device, non_blocking=True)
-            if conditional and unet.context_dropout_probability > 0
-            else None,
-            indices=list(indices),
-        )
-
-
-def _inputs(
-    dataset: FaceDataset, first_stage: FirstStage, sampler: StepSampler, cfg: TrainingSettings, device: torch.device
-) -> Iterator[tuple[Tensor, list[int]]]:
-    """x_0 (B, C, h, w) of each step and the indices of its images: out of the cache, or images through the encoder."""
-    if first_stage.latents is not None:
-        for items in sampler:
-            rows, flips = zip(*items, strict=True)
-            yield first_stage.cached(list(rows), list(flips)).to(device), list(rows)
-        return
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=cfg.num_workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=cfg.num_workers > 0,
-    )
-    for images, indices in loader:
-        with torch.no_grad(), autocast(device, cfg.precision):
-            x_0 = first_stage.encode(images.to(device, non_blocking=True))  # images => latents
-        yield x_0.float(), indices.tolist()

@@ -14,7 +14,8 @@ from models.autoencoder.data import DatasetSettings, Images, split_images
 from models.autoencoder.evaluation import evaluate, fine_energy, measure_latents, ssim
 from models.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss
 from models.autoencoder.lpips import BLOCKS, LPIPS, load_lpips
-from models.autoencoder.training_loop import TrainingSettings, train
+from models.autoencoder.training_loop import train
+from models.autoencoder.training_settings import TrainingSettings, lr_factor, share_done
 from models.autoencoder.vqgan import VQModel, load_decoder, load_encoder
 from tests.compat import fill_deterministic, relative_error
 from utils.checkpoint import CheckpointFolder, load_safetensors, load_torch, save_torch
@@ -166,7 +167,7 @@ def test_learning_rate_follows_steps_or_minutes(compose):
     cfg = compose("train_autoencoder_config", "dataset.samples_root=x").training
     cfg = settings(OmegaConf.masked_copy(cfg, [k for k in cfg if k not in ("optimizer", "ema")]), TrainingSettings, "t")
     cfg = replace(cfg, steps=100, max_minutes=10.0, warmup_steps=3, lr_schedule="cosine")
-    share, factor = training_loop._share_done, training_loop._lr_factor
+    share, factor = share_done, lr_factor
     assert share(cfg, 50, 2.0) == 0.5
     assert share(cfg, 50, 10.0) == 1.0
     assert [factor(cfg, step, 0.0) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]

@@ -222,24 +222,23 @@ def test_step_sampler_passes_over_the_data_once_an_epoch():
 
 
 def test_permuted_contexts_come_from_the_same_identity_at_any_world_size(compose, overrides, tmp_path, monkeypatch):
-    from diffusion import training_loop
     from diffusion.first_stage import FirstStage
     from diffusion.schedule import NoiseSchedule
+    from diffusion.training_batches import training_batches
+    from diffusion.training_settings import TrainingSettings
     from utils import distributed
     from utils.config import instantiate
 
     cfg = compose("train_config", *overrides, f"output_dir={tmp_path}")
     dataset, unet = instantiate(cfg.dataset, "dataset"), instantiate(cfg.model, "model")
-    settings = training_loop.TrainingSettings(
-        steps=1, batch_size=8, num_workers=0, precision="fp32", context_permutation=1.0
-    )
+    settings = TrainingSettings(steps=1, batch_size=8, num_workers=0, precision="fp32", context_permutation=1.0)
 
     def contexts(rank, world, batch_size):
         monkeypatch.setattr(distributed, "rank", lambda: rank)
         monkeypatch.setattr(distributed, "world_size", lambda: world)
         settings.batch_size = batch_size
         device = torch.device("cpu")
-        batch = next(training_loop._batches(unet, NoiseSchedule(), dataset, FirstStage(), 1.0, settings, 0, device))
+        batch = next(training_batches(unet, NoiseSchedule(), dataset, FirstStage(), 1.0, settings, 0, device))
         return batch.context
 
     whole = contexts(0, 1, 8)

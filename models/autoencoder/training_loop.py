@@ -10,25 +10,23 @@ Legend: B batch, C channels, H W height and width, K codes, n rows of latents.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.autoencoder.codebook import place_codes, revive_codes
 from models.autoencoder.data import DatasetSettings, Images, split_images, training_batches
 from models.autoencoder.evaluation import draw_preview, evaluate, measure_latents
 from models.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss
 from models.autoencoder.lpips import LPIPS, load_lpips
-from models.autoencoder.modules import features_to_rows
-from models.autoencoder.quantization import kmeans_codebook, perplexity, revive_dead_codes
+from models.autoencoder.quantization import perplexity
+from models.autoencoder.training_settings import TrainingSettings, check_settings, lr_factor, share_done
 from models.autoencoder.vqgan import DECODER_FILE, ENCODER_FILE, VQModel, save_autoencoder
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, strict_load, write_json
@@ -41,7 +39,7 @@ from utils.images import to_float, write_image
 from utils.interruption import StopRequest
 from utils.logging import ScalarLogger, get_logger
 from utils.metrics_file import MetricsFile, report
-from utils.precision import autocast, check_precision, warn_of_emulation
+from utils.precision import autocast, warn_of_emulation
 
 log = get_logger(__name__)
 
@@ -49,39 +47,6 @@ METRICS_FILE = "metrics.json"
 POSTFIX = (("l1", "l1"), ("codes", "perplexity"))  # of the progress bar
 PREVIEW_IMAGES = 16
 VALIDATION_IMAGES = 1024  # at most, in each report
-ROWS_PER_CODE = 16  # latents that the first codebook is fitted to, for each code
-
-
-@dataclass
-class TrainingSettings:
-    """The section `training` of train_autoencoder_config.yaml, but for its config groups optimizer and ema."""
-
-    steps: int
-    max_minutes: float | None  # stop after so many minutes of training, all runs on this folder together
-    batch_size: int  # images a process
-    num_workers: int  # processes that decode images which are not in memory, a process
-    seed: int
-    precision: str  # fp32, bf16 or fp16 (autocast; weights stay fp32)
-    device: str
-    channels_last: bool
-    lr_schedule: str  # cosine (to 0) or constant, in the share of steps or minutes that is done
-    warmup_steps: int
-    gradient_clip: float | None  # largest norm of the autoencoder's gradient
-    max_bad_steps: int  # so many steps in a row without a finite gradient end the run
-    lpips_weight: float  # of the perceptual loss; needs the two files below
-    lpips_vgg: str | None  # torchvision's VGG-16 state dict
-    lpips_linear: str | None  # vgg.pth of the lpips package
-    codebook_weight: float
-    quantization_start: int  # until this step the latents pass unquantised; then k-means places the codes
-    revive_codes_every: int | None  # after so many steps, codes unused since the last time are drawn anew
-    discriminator_start: int | None  # step; null: no discriminator
-    discriminator_weight: float
-    discriminator_channels: int
-    discriminator_layers: int
-    steps_between_logging: int
-    steps_between_previews: int
-    wandb_project: str | None  # also log to this project of Weights & Biases
-    steps_between_checkpoints: int
 
 
 def train(
@@ -99,7 +64,7 @@ def train(
     a finished run is left as it is. Returns the reconstruction error on the held-out images. Raises UserError for
     settings that do not fit together, before any image is read.
     """
-    _check(cfg, dataset, autoencoder)
+    check_settings(cfg, dataset, autoencoder)
     device = distributed.device(cfg.device)
     warn_of_emulation(cfg.precision, device)
 
@@ -137,8 +102,8 @@ def train(
         if state["scaler_discriminator"]:  # empty in a checkpoint of a run without fp16
             scaler_d.load_state_dict(state["scaler_discriminator"])
         counts = state["codebook_counts"].to(device)
-    share_done = _share_done(cfg, first_step, minutes_before)
-    if share_done >= 1.0 and all((output_dir / name).is_file() for name in (ENCODER_FILE, DECODER_FILE, METRICS_FILE)):
+    done = share_done(cfg, first_step, minutes_before)
+    if done >= 1.0 and all((output_dir / name).is_file() for name in (ENCODER_FILE, DECODER_FILE, METRICS_FILE)):
         log.info("this run is finished (%d steps): %s and %s in %s", first_step, ENCODER_FILE, DECODER_FILE, output_dir)
         return json.loads((output_dir / METRICS_FILE).read_text())
     if state is not None:
@@ -162,18 +127,18 @@ def train(
     step = first_step
     batches = iter(training_batches(images, sampler, cfg.num_workers, device))
     with StopRequest() as stop:
-        while share_done < 1.0:
+        while done < 1.0:
             torch.manual_seed(distributed.seed_for(cfg.seed, "step", step, distributed.rank()))  # for dropout
-            lr_factor = _lr_factor(cfg, step, share_done)
+            factor = lr_factor(cfg, step, done)
             for opt in (optimizer, optimizer_d):
                 for group, lr in zip(opt.param_groups, learning_rates, strict=True):
-                    group["lr"] = lr * lr_factor
+                    group["lr"] = lr * factor
             pixels = next(batches).to(device, non_blocking=True)  # uint8 (B, H, W, 3)
             files = partial(_batch_names, images, sampler, step)
             take = partial(finite_steps.take, step=step + 1, files=files)  # of a gradient's norm
             real = to_float(pixels).to(memory_format=memory_format)  # pixels => float32 in [-1, 1], (B, 3, H, W)
             if step == cfg.quantization_start:
-                _place_codes(model, [model, ema.model], images, cfg, device)
+                place_codes(model, [model, ema.model], images, cfg.batch_size, cfg.seed, device)
 
             # Autoencoder: L1 + quantiser + adversarial loss
             with autocast(device, cfg.precision):
@@ -215,13 +180,13 @@ def train(
                 counts += used
                 window.counts += used
                 if cfg.revive_codes_every is not None and (step + 1) % cfg.revive_codes_every == 0:
-                    window.revived += _revive(model, ema, counts, output.latents, cfg.seed, step)
+                    window.revived += revive_codes([model, ema.model], counts, output.latents, cfg.seed, step)
                     counts.zero_()
             step += 1
             progress.update()
             minutes = minutes_before + _agreed((time.perf_counter() - began) / 60, device)
-            share_done = _share_done(cfg, step, minutes)
-            finished = share_done >= 1.0
+            done = share_done(cfg, step, minutes)
+            finished = done >= 1.0
 
             # Log
             if step % cfg.steps_between_logging == 0 or finished:
@@ -284,7 +249,7 @@ def train(
             step,
             cfg.quantization_start,
         )
-        _place_codes(result, [result], images, cfg, device)
+        place_codes(result, [result], images, cfg.batch_size, cfg.seed, device)
     mean, std = measure_latents(result, images, cfg.batch_size, device)
     result.shift_latents(-mean)
     measured = evaluate(result, held_out, cfg.batch_size, device, lpips=lpips)
@@ -296,24 +261,6 @@ def train(
     log.info("wrote %s and %s to %s; %s", ENCODER_FILE, DECODER_FILE, output_dir, _in_words(metrics))
     scalars.close()
     return metrics
-
-
-def _check(cfg: TrainingSettings, dataset: DatasetSettings, autoencoder: dict[str, Any]) -> None:
-    """Settings that cannot work, before anything is built."""
-    check_precision(cfg.precision)
-    if cfg.lr_schedule not in ("cosine", "constant"):
-        raise UserError(f"training.lr_schedule: {cfg.lr_schedule!r} is not one of cosine, constant")
-    intervals = ("steps_between_logging", "steps_between_previews", "steps_between_checkpoints")
-    for name in ("steps", "batch_size", "max_bad_steps", *intervals):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"training.{name}: {getattr(cfg, name)}; it must be at least 1")
-    if cfg.quantization_start >= cfg.steps:
-        raise UserError(f"training.quantization_start: {cfg.quantization_start} is not below training.steps")
-    factor = 2 ** (len(autoencoder["ddconfig"]["ch_mult"]) - 1)
-    if dataset.image_size % factor or dataset.image_size < factor:
-        raise UserError(
-            f"dataset.image_size: {dataset.image_size} is not a multiple of {factor}, as the autoencoder needs"
-        )
 
 
 def _check_same_run(state: dict[str, Any], config: dict[str, Any], output_dir: Path) -> None:
@@ -347,21 +294,9 @@ def _perceptual(cfg: TrainingSettings, device: torch.device) -> LPIPS | None:
     return load_lpips(vgg, linear).to(device)
 
 
-def _share_done(cfg: TrainingSettings, step: int, minutes: float) -> float:
-    """How much of the run is over, 1 at its end: by steps, or by minutes where these run out first."""
-    by_time = 0.0 if cfg.max_minutes is None else minutes / cfg.max_minutes
-    return max(step / cfg.steps, by_time)
-
-
 def _agreed(value: float, device: torch.device) -> float:
     """The mean of `value` over processes, so that all of them stop at the same step."""
     return distributed.all_reduce_mean(torch.tensor(value, dtype=torch.float64, device=device)).item()
-
-
-def _lr_factor(cfg: TrainingSettings, step: int, share_done: float) -> float:
-    """What the learning rate is multiplied by: a linear rise, then constant or a half cosine to 0."""
-    warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
-    return warmup * (0.5 * (1.0 + math.cos(math.pi * share_done)) if cfg.lr_schedule == "cosine" else 1.0)
 
 
 def _update(
@@ -396,34 +331,6 @@ def _update(
 def _batch_names(images: Images, sampler: StepSampler, step: int) -> list[str]:
     """The files of this rank's images in step `step`."""
     return [images.names[index] for index, _ in sampler.local_batch(step)]
-
-
-@torch.no_grad()
-def _place_codes(
-    model: VQModel, owners: list[VQModel], images: Images, cfg: TrainingSettings, device: torch.device
-) -> None:
-    """Fit the codebook of `owners` by k-means to `model`'s latents of some training images; the same on every rank."""
-    rng = np.random.default_rng(distributed.seed_for(cfg.seed, "codebook"))
-    order = rng.permutation(len(images))
-    rows: list[Tensor] = []
-    for start in range(0, len(order), cfg.batch_size):
-        pixels = images.read(order[start : start + cfg.batch_size].tolist()).to(device)
-        rows.append(features_to_rows(model.encode(to_float(pixels))))  # (B * h * w, D)
-        if sum(map(len, rows)) >= ROWS_PER_CODE * model.n_embed:
-            break
-    generator = torch.Generator().manual_seed(distributed.seed_for(cfg.seed, "codebook"))
-    codes = kmeans_codebook(torch.cat(rows), model.n_embed, generator=generator)
-    codes = distributed.broadcast_object(codes.cpu()).to(device)
-    for owner in owners:
-        owner.quantize.embedding.weight.copy_(codes)
-
-
-def _revive(model: VQModel, ema: EMA, counts: Tensor, latents: Tensor, seed: int, step: int) -> int:
-    """Draw the codes without `counts` anew from this step's latents (B, D, h, w) of all ranks; how many they were."""
-    rows = torch.cat(distributed.all_gather_objects(features_to_rows(latents.detach().float()).cpu()))
-    generator = torch.Generator().manual_seed(distributed.seed_for(seed, "revive", step))
-    codebooks = [net.quantize.embedding.weight for net in (model, ema.model)]
-    return revive_dead_codes(counts, rows.to(counts.device), codebooks, generator)
 
 
 class _Window:
