@@ -24,6 +24,15 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
 
+def test_a_launcher_that_is_not_installed_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "hydra_plugins.hydra_submitit_launcher", None)
+    monkeypatch.setattr(sys, "argv", ["main.py", "-m", "hydra/launcher=slurm", f"output_dir={tmp_path}"])
+    with pytest.raises(SystemExit) as end:
+        main_module.main()
+    assert end.value.code == 2
+    assert "pip install hydra-submitit-launcher" in capsys.readouterr().err
+
+
 def test_settings_convert_and_nest():
     got = settings(OmegaConf.create({"steps": "3", "marks": [1, 2], "inner": {"keep": 5}}), Outer, "training")
     assert got == Outer(steps=3, marks=[1, 2], inner=Inner(keep=5))

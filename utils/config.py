@@ -55,6 +55,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         mistakes: list[UserError | OmegaConfBaseException] = []
+        home = os.getpid()
         started: list[bool] = []  # not empty once `main` runs: file errors before that are about the run folder
 
         @functools.wraps(main)
@@ -62,6 +63,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             try:
                 return run(cfg)
             except (UserError, OmegaConfBaseException) as error:
+                if os.getpid() != home:
+                    raise  # in a job on another machine: its launcher brings the error home
                 mistakes.append(error)  # raised below: Hydra would print lines of its own around it
 
         def run(cfg: DictConfig) -> Any:
@@ -127,6 +130,8 @@ def _describe_composition_error(error: Exception, config_name: str) -> str:
         return f"{key}: not set; give {key}=VALUE on the command line"
     if "Could not override" in text and key:
         return f"{key}: unknown key{_suggestion(key, _known_keys(config_name))}"
+    if "Could not load 'hydra/launcher/submitit" in text:
+        return "hydra/launcher: not installed; pip install hydra-submitit-launcher brings the launchers for Slurm"
     if "Available options" in text:
         head, _, options = " ".join(lines).partition("Available options in")
         group, _, names = options.partition(":")

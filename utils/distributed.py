@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import shlex
+import subprocess
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,17 +14,46 @@ import torch.distributed as dist
 from utils.errors import UserError
 
 T = TypeVar("T")
+SLURM_PORTS = range(20000, 30000)  # below the ports that systems hand out themselves; one a step
 TIMEOUT = timedelta(minutes=60)  # one rank may encode or save while the others wait
 
 
 def init() -> None:
-    """Join the process group when torchrun started this process: nccl where CUDA is there, gloo elsewhere."""
+    """Join the process group when torchrun or Slurm's srun started this process: nccl with CUDA, else gloo."""
+    _take_slurm_environment()
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, **_store_of_this_attempt())
+
+
+def _take_slurm_environment() -> None:
+    """Give a task of `srun` the variables that torchrun would set; one task a GPU, ranks as Slurm numbers its tasks.
+
+    Only inside a step of several tasks: a batch script that starts torchrun itself is left alone. UserError where the
+    step's first machine cannot be told.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in os.environ or tasks == "1":
+        return
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+    try:
+        hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"SLURM_STEP_NODELIST: {shlex.join(command)} failed ({error}); start with torchrun") from error
+    step = int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
+    variables = {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_WORLD_SIZE": os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0],
+        "MASTER_ADDR": hosts[0],
+        "MASTER_PORT": str(SLURM_PORTS.start + step % len(SLURM_PORTS)),
+    }
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def _store_of_this_attempt() -> dict[str, Any]:
