@@ -16,7 +16,7 @@ from models.autoencoder.training_settings import TrainingSettings
 from utils.config import check_keys, entry_point, instantiate, plain, settings
 
 # Parts of the section `training` that are config groups, built by their `_target_`.
-GROUPS = ("optimizer", "ema")
+GROUPS = ("optimizer", "discriminator_optimizer", "ema")
 
 
 @entry_point("train_autoencoder_config")

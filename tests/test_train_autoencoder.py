@@ -9,17 +9,17 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import train_autoencoder
 from models.autoencoder import training_loop
 from models.autoencoder.data import DatasetSettings, Images, split_images
 from models.autoencoder.evaluation import evaluate, fine_energy, measure_latents, ssim
 from models.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss
 from models.autoencoder.lpips import BLOCKS, LPIPS, load_lpips
-from models.autoencoder.training_loop import train
 from models.autoencoder.training_settings import TrainingSettings, lr_factor, share_done
 from models.autoencoder.vqgan import VQModel, load_decoder, load_encoder
 from tests.compat import fill_deterministic, relative_error
 from utils.checkpoint import CheckpointFolder, load_safetensors, load_torch, save_torch
-from utils.config import UserError, instantiate, plain, settings
+from utils.config import UserError, settings
 from utils.ema import EMA
 from utils.images import read_image, to_float, write_image
 
@@ -51,23 +51,8 @@ def run(compose, face_folder):
     """run(folder name, *overrides) -> metrics of a training run in face_folder / name."""
 
     def _run(name: str, *overrides: str) -> dict[str, float]:
-        cfg = compose(
-            "train_autoencoder_config",
-            *OVERRIDES,
-            f"dataset.samples_root={face_folder / 'faces'}",
-            f"output_dir={face_folder / name}",
-            *overrides,
-        )
-        loop = OmegaConf.masked_copy(cfg.training, [k for k in cfg.training if k not in ("optimizer", "ema")])
-        return train(
-            plain(cfg.autoencoder),
-            settings(cfg.dataset, DatasetSettings, "dataset"),
-            instantiate(cfg.training.optimizer, "training.optimizer"),
-            instantiate(cfg.training.ema, "training.ema"),
-            settings(loop, TrainingSettings, "training"),
-            face_folder / name,
-            plain(cfg),
-        )
+        folders = (f"dataset.samples_root={face_folder / 'faces'}", f"output_dir={face_folder / name}")
+        return train_autoencoder.main.__wrapped__(compose("train_autoencoder_config", *OVERRIDES, *folders, *overrides))
 
     return _run
 
@@ -101,6 +86,17 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms(scale):
     assert weight.item() == pytest.approx(10.0 / (0.5 * math.sqrt(2.0) + 1e-4), rel=1e-5)
     assert not weight.requires_grad
     assert adaptive_weight(layer.sum() * 1e6, 0 * layer.sum(), layer).item() == 1e4
+
+
+def test_each_network_has_an_optimiser_of_its_own(run, face_folder):
+    """Resumed once, so that the rates are those of the configuration and not only of the checkpoint."""
+    own = ("training.discriminator_optimizer.lr=3.0e-4", "training.discriminator_optimizer.betas=[0.9,0.99]")
+    for steps in (4, 5):
+        run("out", *own, "training.lr_schedule=constant", f"training.steps={steps}")
+    state = load_torch(CheckpointFolder(face_folder / "out" / "checkpoints").paths()[-1])
+    (network,), (discriminator,) = (state[name]["param_groups"] for name in ("optimizer", "optimizer_discriminator"))
+    assert (network["lr"], discriminator["lr"]) == pytest.approx((1e-3, 3e-4))
+    assert discriminator["betas"] == (0.9, 0.99)
 
 
 def test_discriminator_sees_patches():
@@ -165,7 +161,7 @@ def test_evaluation_and_latent_statistics(face_folder):
 
 def test_learning_rate_follows_steps_or_minutes(compose):
     cfg = compose("train_autoencoder_config", "dataset.samples_root=x").training
-    cfg = settings(OmegaConf.masked_copy(cfg, [k for k in cfg if k not in ("optimizer", "ema")]), TrainingSettings, "t")
+    cfg = settings(OmegaConf.masked_copy(cfg, [k for k in cfg if k not in train_autoencoder.GROUPS]), TrainingSettings, "t")
     cfg = replace(cfg, steps=100, max_minutes=10.0, warmup_steps=3, lr_schedule="cosine")
     share, factor = share_done, lr_factor
     assert share(cfg, 50, 2.0) == 0.5

@@ -53,6 +53,7 @@ def train(
     autoencoder: dict[str, Any],
     dataset: DatasetSettings,
     make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+    make_discriminator_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
     make_ema: Callable[[nn.Module], EMA],
     cfg: TrainingSettings,
     output_dir: Path,
@@ -77,8 +78,9 @@ def train(
     discriminator = PatchDiscriminator(cfg.discriminator_channels, cfg.discriminator_layers)
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
     model, discriminator = (net.to(device, memory_format=memory_format) for net in (model, discriminator))
-    optimizer, optimizer_d = make_optimizer(model.parameters()), make_optimizer(discriminator.parameters())
-    learning_rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer = make_optimizer(model.parameters())
+    optimizer_d = make_discriminator_optimizer(discriminator.parameters())
+    learning_rates = [group["lr"] for group in [*optimizer.param_groups, *optimizer_d.param_groups]]
     ema = make_ema(model)
     lpips = _perceptual(cfg, device)
     scaler, scaler_d = (torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16") for _ in range(2))
@@ -130,9 +132,9 @@ def train(
         while done < 1.0:
             torch.manual_seed(distributed.seed_for(cfg.seed, "step", step, distributed.rank()))  # for dropout
             factor = lr_factor(cfg, step, done)
-            for opt in (optimizer, optimizer_d):
-                for group, lr in zip(opt.param_groups, learning_rates, strict=True):
-                    group["lr"] = lr * factor
+            groups = [*optimizer.param_groups, *optimizer_d.param_groups]
+            for group, lr in zip(groups, learning_rates, strict=True):
+                group["lr"] = lr * factor
             pixels = next(batches).to(device, non_blocking=True)  # uint8 (B, H, W, 3)
             files = partial(_batch_names, images, sampler, step)
             take = partial(finite_steps.take, step=step + 1, files=files)  # of a gradient's norm

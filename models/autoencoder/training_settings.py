@@ -13,7 +13,7 @@ from utils.precision import check_precision
 
 @dataclass
 class TrainingSettings:
-    """The section `training` of train_autoencoder_config.yaml, but for its config groups optimizer and ema."""
+    """The section `training` of train_autoencoder_config.yaml, but for its config groups."""
 
     steps: int
     max_minutes: float | None  # stop after so many minutes of training, all runs on this folder together
