@@ -1,4 +1,4 @@
-"""Identity folders `<root>/<identity>/<image>` as labelled images, and the order in which a run sees them.
+"""Labelled images to learn from, and the order in which a run sees them.
 
 What a run sees at step s depends on (seed, s) alone: not on the number of processes, of workers, nor on interruptions.
 Legend: n images, S side in pixels.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,78 +18,84 @@ from torch.utils.data import Dataset, Sampler
 from recognition.augment import Augmentation
 from utils.config import UserError, existing_folder
 from utils.data.face_dataset import read_identity_list
+from utils.data.formats.labelled import LabelledImages
+from utils.data.formats.recognise import open_labelled
 from utils.distributed import seed_for
-from utils.images import centre_square, list_images, load_images, read_image, resize
+from utils.images import centre_square, load_images, resize
 
 
 @dataclass(frozen=True)
-class IdentityFolders:
-    """The images of a training set, sorted by identity and name."""
+class TrainingSet:
+    """Labelled images to learn from: those of `images` in `rows`, their labels without gaps."""
 
-    root: Path
-    identities: list[str]  # label -> folder name
-    paths: list[str]  # (n,) relative to root
+    images: LabelledImages
+    rows: np.ndarray  # (n,) int64, numbers in `images`, in its order
     labels: np.ndarray  # (n,) int64, 0 .. len(identities) - 1
+    identities: list[str]  # label -> name
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pixels(self, index: int) -> np.ndarray:
+        """Image `index`: uint8 (H, W, 3) RGB; UserError where it cannot be read."""
+        return self.images.pixels(int(self.rows[index]))
 
 
-def read_identity_folders(
+def read_training_set(
     root: str | Path | None, *, exclude_identities_file: str | Path | None = None, min_images_per_identity: int = 1
-) -> IdentityFolders:
-    """List `<root>/<identity>/...`; every folder directly below `root` that holds images is an identity.
+) -> TrainingSet:
+    """The labelled images at `root`: class folders `<root>/<identity>/<image>`, or any format that
+    utils.data.formats.recognise opens.
 
     Args:
-        exclude_identities_file: text file with a folder name a line; these people are left out.
+        exclude_identities_file: text file with the name of an identity a line; these people are left out.
         min_images_per_identity: identities with fewer images are left out.
 
     Raises:
-        UserError: no such folder or file, a folder that cannot be read, fewer than two identities left.
+        UserError: no such folder or file, one that cannot be read, fewer than two identities left.
     """
-    root = existing_folder(root, "dataset.root", "it holds one folder of images per identity")
+    if root is None or not Path(root).expanduser().is_file():
+        root = existing_folder(root, "dataset.root", "one folder of images per identity, or another labelled set")
     if min_images_per_identity < 1:
         raise UserError(f"dataset.min_images_per_identity: {min_images_per_identity}; it must be at least 1")
     excluded = read_identity_list(exclude_identities_file, "dataset.exclude_identities_file")
-
-    by_identity: dict[str, list[str]] = {}
     try:
-        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        for name in folders:
-            next((root / name).iterdir(), None)  # list_images would pass over a folder that it may not enter
-    except OSError as error:
-        raise UserError(f"dataset.root: {error.filename} cannot be read ({error.strerror})") from error
-    for path in list_images(root):
-        if "/" in path:
-            by_identity.setdefault(path.split("/", 1)[0], []).append(path)
-    if not by_identity:
-        blocks = any(root.glob("*.png"))
-        hint = "; identity blocks are split by split_identity_blocks.py first" if blocks else ""
-        raise UserError(f"dataset.root: {root} holds no identities; folders of images are wanted, one a person{hint}")
-    kept = {
-        name: files
-        for name, files in sorted(by_identity.items())
-        if name not in excluded and len(files) >= min_images_per_identity
-    }
+        images = open_labelled(root)
+    except UserError as error:
+        raise UserError(f"dataset.root: {error}") from error
+
+    counts = np.bincount(images.labels, minlength=len(images.identities)).tolist()
+    kept = [
+        label
+        for label, (name, count) in enumerate(zip(images.identities, counts, strict=True))
+        if name not in excluded and count >= min_images_per_identity
+    ]
     if len(kept) < 2:
         raise UserError(
-            f"dataset.root: {root} holds {len(kept)} of {len(by_identity)} identities after leaving out those in "
-            f"exclude_identities_file and those with fewer than {min_images_per_identity} images; two are needed"
+            f"dataset.root: {root} holds {len(kept)} of {np.count_nonzero(counts)} identities after leaving out those "
+            f"in exclude_identities_file and those with fewer than {min_images_per_identity} images; two are needed"
         )
-    labels = np.repeat(np.arange(len(kept)), [len(files) for files in kept.values()])
-    return IdentityFolders(root, list(kept), [path for files in kept.values() for path in files], labels)
+    new_label = np.full(len(images.identities), -1)
+    new_label[kept] = np.arange(len(kept))
+    labels = new_label[images.labels]
+    rows = np.flatnonzero(labels >= 0)
+    return TrainingSet(images, rows, labels[rows], [images.identities[label] for label in kept])
 
 
 class IdentityDataset(Dataset):
     """Augmented training images. Items are asked for as (pass over the images, index): both seed the augmentation."""
 
     def __init__(
-        self, folders: IdentityFolders, *, size: int, augment: Augmentation, seed: int, cache_in_memory: bool = False
+        self, source: TrainingSet, *, size: int, augment: Augmentation, seed: int, cache_in_memory: bool = False
     ) -> None:
-        self.folders, self.size, self.augment, self.seed = folders, size, augment, seed
+        self.source, self.size, self.augment, self.seed = source, size, augment, seed
         self.cache: np.ndarray | None = None  # (n, S, S, 3) uint8
         if cache_in_memory:
-            self.cache = load_images(folders.paths, size, root=folders.root, progress="reading images")
+            readers = [partial(source.pixels, index) for index in range(len(source))]
+            self.cache = load_images(readers, size, progress="reading images")
 
     def __len__(self) -> int:
-        return len(self.folders.paths)
+        return len(self.source)
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray, int]:
         """uint8 (S, S, 3) RGB and its label."""
@@ -96,9 +103,9 @@ class IdentityDataset(Dataset):
         if self.cache is not None:
             pixels = self.cache[index]
         else:
-            pixels = resize(centre_square(read_image(self.folders.root / self.folders.paths[index])), self.size)
+            pixels = resize(centre_square(self.source.pixels(index)), self.size)
         generator = np.random.Generator(np.random.PCG64(seed_for(self.seed, "augment", number, index)))
-        return self.augment(pixels, generator), int(self.folders.labels[index])
+        return self.augment(pixels, generator), int(self.source.labels[index])
 
 
 def collate(samples: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, torch.Tensor]:

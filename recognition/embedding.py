@@ -5,7 +5,7 @@ Legend: n images, H W height and width, D width of the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from utils.images import load_images, resize, to_float
 
 def embed_images(
     backbone: nn.Module,
-    images: np.ndarray | Sequence[str | Path],
+    images: np.ndarray | Sequence[str | Path | Callable[[], np.ndarray]],
     *,
     root: str | Path = ".",
     batch_size: int = 64,
@@ -32,7 +32,8 @@ def embed_images(
 
     Args:
         backbone: as made by `recognition.backbones`; it runs in eval mode and gets its own mode back.
-        images: uint8 (n, H, W, 3) RGB, or n paths of image files (relative ones below `root`), read a batch at a time.
+        images: uint8 (n, H, W, 3) RGB; or n paths of image files (relative ones below `root`), or functions that give
+            one image uint8 (H, W, 3) each, read a batch at a time.
         flip: embed the mirror image too and add both outputs before normalising (the flip test of the benchmarks).
         device: where to compute; None: where the backbone is. The backbone is moved there.
         progress: label of a progress bar; None shows none.

@@ -1,6 +1,7 @@
 """Measure a recogniser on verification pairs: the 10-fold protocol, rates at fixed false accepts, the ROC.
 
     python -m recognition.test checkpoint=backbone.safetensors dataset.root=lfw pairs_file=pairs.txt output_dir=results
+    python -m recognition.test checkpoint=backbone.safetensors bin_file=lfw.bin output_dir=results
 
 Writes results.json, results.md and roc.png to output_dir and prints the table.
 Settings: configs/recognition_test_config.yaml.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from torch import nn
 
 from recognition.backbones import load_backbone, load_published_backbone
 from recognition.embedding import embed_images
-from recognition.verification import FAR_LEVELS, Pairs, evaluate_pairs, plot_roc, read_pairs
+from recognition.verification import FAR_LEVELS, evaluate_pairs, plot_roc
 from utils import distributed
 from utils.checkpoint import write_json, write_text
-from utils.config import UserError, entry_point, existing_file, instantiate, settings
+from utils.config import UserError, entry_point, existing_file, existing_folder, instantiate, settings
+from utils.data.formats.pairs import VerificationPairs, read_bin, read_pairs
 from utils.distributed import seed_for
 from utils.logging import get_logger
 
@@ -34,7 +37,7 @@ log = get_logger(__name__)
 class DatasetSettings:
     """The `dataset` section of recognition_test_config.yaml."""
 
-    root: str
+    root: str | None = None
     skip_missing: bool = False
 
 
@@ -44,8 +47,9 @@ class TestSettings:
 
     output_dir: str
     checkpoint: str | None
-    pairs_file: str
     dataset: DatasetSettings
+    pairs_file: str | None = None
+    bin_file: str | None = None
     name: str | None = None
     flip: bool = True
     batch_size: int = 64
@@ -59,7 +63,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     if options.batch_size < 1:
         raise UserError(f"batch_size: {options.batch_size}; it must be at least 1")
     backbone = load_model(options.checkpoint, cfg.get("backbone"), options.seed)
-    pairs = read_pairs(options.pairs_file, options.dataset.root, skip_missing=options.dataset.skip_missing)
+    pairs = open_pairs(options)
 
     embeddings = embed_pairs(backbone, pairs, options)
     result = evaluate_pairs(embeddings, pairs.issame, pairs.num_folds)
@@ -69,9 +73,10 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         "name": name,
         "checkpoint": options.checkpoint,
         "pairs_file": options.pairs_file,
+        "bin_file": options.bin_file,
         "dataset_root": options.dataset.root,
         "flip": options.flip,
-        "num_images": len({path for pair in pairs.paths for path in pair}),
+        "num_images": len(pairs),
         "num_skipped_pairs": pairs.num_skipped,
         **result.summary(),
     }
@@ -104,22 +109,33 @@ def load_model(checkpoint: str | None, backbone_cfg: DictConfig | None, seed: in
     return load_published_backbone(checkpoint, backbone.config["name"], input_size=backbone.input_size)
 
 
-def embed_pairs(backbone: nn.Module, pairs: Pairs, options: TestSettings) -> np.ndarray:
+def open_pairs(options: TestSettings) -> VerificationPairs:
+    """The pairs of `bin_file`, or `pairs_file` with its images below `dataset.root`; UserError unless one is set."""
+    if options.bin_file is not None:
+        if options.pairs_file is not None or options.dataset.root is not None:
+            raise UserError("bin_file: holds pairs and images; leave pairs_file and dataset.root out")
+        return read_bin(existing_file(options.bin_file, "bin_file"))
+    hint = "or bin_file=FILE of an insightface .bin instead"
+    pairs_file = existing_file(options.pairs_file, "pairs_file", hint)
+    root = existing_folder(options.dataset.root, "dataset.root", "the images of pairs_file")
+    return read_pairs(pairs_file, root, skip_missing=options.dataset.skip_missing)
+
+
+def embed_pairs(backbone: nn.Module, pairs: VerificationPairs, options: TestSettings) -> np.ndarray:
     """Embeddings (2 P, D), rows 2i and 2i+1 those of pair i. Each image is embedded once, by one of the processes."""
-    paths = sorted({path for pair in pairs.paths for path in pair})
-    mine = distributed.share(paths)
+    mine = distributed.share(range(len(pairs)))
     part = embed_images(
         backbone,
-        mine,
+        [partial(pairs.pixels, index) for index in mine],
         batch_size=options.batch_size,
         flip=options.flip,
         device=distributed.device(options.device),
         progress="embedding" if distributed.is_main() else None,
     )
-    embedding_of: dict[Path, np.ndarray] = {}
-    for some_paths, some_embeddings in distributed.all_gather_objects((mine, part)):
-        embedding_of.update(zip(some_paths, some_embeddings, strict=True))
-    return np.stack([embedding_of[path] for pair in pairs.paths for path in pair])
+    embeddings = np.empty((len(pairs), part.shape[1]), np.float32)
+    for some, rows in distributed.all_gather_objects((mine, part)):
+        embeddings[some] = rows
+    return embeddings[pairs.pairs.reshape(-1)]
 
 
 def default_name(checkpoint: str | None) -> str:

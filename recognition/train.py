@@ -1,4 +1,4 @@
-"""Train a face recogniser on folders of images, one folder an identity.
+"""Train a face recogniser on labelled images: class folders, or a set in any format of utils/data/formats.
 
     python -m recognition.train dataset.root=faces output_dir=outputs/recogniser
     torchrun --nproc_per_node 8 -m recognition.train dataset.root=faces output_dir=outputs/recogniser
@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 
 from recognition.augment import Augmentation
-from recognition.datasets import IdentityDataset, read_identity_folders
+from recognition.datasets import IdentityDataset, read_training_set
 from recognition.training_loop import TrainingSettings, train
 from utils.config import check_keys, entry_point, instantiate, plain, settings
 from utils.distributed import seed_for
@@ -37,7 +37,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     training = settings(cfg.training, TrainingSettings, "training")
     data = settings(cfg.dataset, DatasetSettings, "dataset")
     augment = settings(cfg.augment, Augmentation, "augment")
-    folders = read_identity_folders(
+    source = read_training_set(
         data.root,
         exclude_identities_file=data.exclude_identities_file,
         min_images_per_identity=data.min_images_per_identity,
@@ -45,9 +45,9 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 
     torch.manual_seed(seed_for(training.seed, "weights"))
     backbone = instantiate(cfg.backbone, "backbone")
-    head = instantiate(cfg.head, "head", in_features=backbone.num_features, num_classes=len(folders.identities))
+    head = instantiate(cfg.head, "head", in_features=backbone.num_features, num_classes=len(source.identities))
     dataset = IdentityDataset(
-        folders,
+        source,
         size=backbone.input_size,
         augment=augment,
         seed=training.seed,

@@ -140,7 +140,7 @@ def train(
     device = distributed.device(settings.device)
     warn_of_emulation(settings.precision, device)
     global_batch = settings.batch_size * world_size
-    identities = dataset.folders.identities
+    identities = dataset.source.identities
 
     # Network, optimiser, loss scaling
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""Face verification, one person or two: pure functions from arrays to numbers, and the reader of LFW's `pairs.txt`.
+"""Face verification, one person or two: pure functions from arrays to numbers.
 
 The protocol is that of LFW (Huang et al., 2007) as the ArcFace line of work runs it. Distances are squared Euclidean
 between unit vectors, in [0, 4]; a pair is accepted as one person when its distance lies below the threshold.
@@ -14,8 +14,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from utils.checkpoint import write_atomically
-from utils.config import UserError
-from utils.images import IMAGE_SUFFIXES
 
 THRESHOLDS = np.arange(0, 4, 0.01)
 FAR_LEVELS = (1e-2, 1e-3, 1e-4)
@@ -154,86 +152,3 @@ def plot_roc(results: Mapping[str, VerificationResult], path: str | Path) -> Non
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="lower right")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """A verification set: P pairs of images."""
-
-    paths: list[tuple[Path, Path]]
-    issame: np.ndarray  # (P,) bool
-    num_folds: int
-    num_skipped: int  # pairs of the list that were left out because an image is missing
-
-
-def read_pairs(pairs_file: str | Path, root: str | Path, *, skip_missing: bool = False) -> Pairs:
-    """Read LFW's `pairs.txt` and find its images `<root>/<person>/<person>_<nnnn>.<ext>`.
-
-    The first line holds `folds <tab> pairs`: each fold has that many genuine lines (`person n1 n2`), then as many
-    impostor lines (`person1 n1 person2 n2`). A file whose first line holds one number (a
-    development list), or that has no such line, counts as 10 folds.
-
-    Args:
-        skip_missing: leave out pairs with a missing image instead of refusing the list.
-
-    Raises:
-        UserError: a missing file or folder, a line that is neither form, missing images.
-    """
-    pairs_file, root = Path(pairs_file), Path(root)
-    if not pairs_file.is_file():
-        raise UserError(f"pairs_file: no such file: {pairs_file}")
-    if not root.is_dir():
-        raise UserError(f"dataset.root: no such folder: {root}")
-    lines = pairs_file.read_text(encoding="utf-8").splitlines()
-    num_folds, first = 10, 0
-    if lines and lines[0].split() and all(field.isdigit() for field in lines[0].split()) and len(lines[0].split()) <= 2:
-        header = [int(field) for field in lines[0].split()]
-        first = 1
-        if len(header) == 2:
-            num_folds = header[0]
-
-    folder_files: dict[str, dict[str, Path]] = {}
-
-    def find(person: str, number: str) -> Path | None:
-        if person not in folder_files:
-            folder = root / person
-            files = sorted(folder.iterdir()) if folder.is_dir() else []
-            folder_files[person] = {file.stem: file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
-        return folder_files[person].get(f"{person}_{int(number):04d}")
-
-    paths: list[tuple[Path, Path]] = []
-    issame: list[bool] = []
-    missing: list[str] = []
-    num_skipped = 0
-    for number, line in enumerate(lines[first:], start=first + 1):
-        if not line.strip():
-            continue
-        fields = line.strip().split("\t") if "\t" in line else line.split()
-        if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
-            wanted = [(fields[0], fields[1]), (fields[0], fields[2])]
-        elif len(fields) == 4 and fields[1].isdigit() and fields[3].isdigit():
-            wanted = [(fields[0], fields[1]), (fields[2], fields[3])]
-        else:
-            raise UserError(
-                f"pairs_file: {pairs_file} line {number}: {line.strip()!r}; "
-                "`person n1 n2` or `person1 n1 person2 n2` is wanted, separated by tabs"
-            )
-        found = [find(*image) for image in wanted]
-        absent = [f"{person}/{person}_{int(n):04d}" for (person, n), f in zip(wanted, found, strict=True) if not f]
-        missing += absent
-        if absent:
-            num_skipped += 1
-            continue
-        paths.append((found[0], found[1]))
-        issame.append(len(fields) == 3)
-    if missing and not skip_missing:
-        raise UserError(
-            f"dataset.root: {root} lacks {len(set(missing))} images of {pairs_file.name}, first {missing[0]}.*; "
-            f"complete the folder, or set dataset.skip_missing=true to leave out the {num_skipped} pairs they are in"
-        )
-    if not paths or all(issame) or not any(issame):
-        raise UserError(
-            f"pairs_file: {pairs_file}: {sum(issame)} genuine and {len(issame) - sum(issame)} impostor pairs with both "
-            f"images under {root}; both kinds are needed"
-        )
-    return Pairs(paths, np.array(issame), num_folds, num_skipped)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 
 from recognition.augment import Augmentation, crop_on_black, low_resolution, photometric, resized_crop
 from recognition.backbones import build_backbone, load_backbone
-from recognition.datasets import IdentityDataset, StepBatches, read_identity_folders
+from recognition.datasets import IdentityDataset, StepBatches, read_training_set
 from recognition.embedding import embed_images
 from recognition.heads import ArcFace
 from recognition.test import default_name, load_model, markdown_table
@@ -76,27 +77,27 @@ def test_identity_folders(people: Path, tmp_path: Path) -> None:
     (root / "p0" / "p0_0001.png").unlink()
     (root / "empty").mkdir()
     (tmp_path / "out.txt").write_text("p3\n\nnobody\n")
-    folders = read_identity_folders(root, exclude_identities_file=tmp_path / "out.txt", min_images_per_identity=6)
+    folders = read_training_set(root, exclude_identities_file=tmp_path / "out.txt", min_images_per_identity=6)
     assert folders.identities == ["p1", "p2", "p4", "p5", "p6", "p7"]
-    assert folders.paths[:2] == ["p1/p1_0001.png", "p1/p1_0002.png"]
+    assert [folders.images.names[row] for row in folders.rows[:2]] == ["p1/p1_0001.png", "p1/p1_0002.png"]
     assert folders.labels.tolist() == [k for k in range(6) for _ in range(6)]
 
 
 def test_identity_folders_that_cannot_be_used(people: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"dataset\.root: no such folder"):
-        read_identity_folders(tmp_path / "none")
+        read_training_set(tmp_path / "none")
     with pytest.raises(UserError, match=r"dataset\.root: .* holds no identities"):
-        read_identity_folders(tmp_path)
+        read_training_set(tmp_path)
     write_image(tmp_path / "p0.png", np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(UserError, match="split_identity_blocks"):
-        read_identity_folders(tmp_path)
+        read_training_set(tmp_path)
     with pytest.raises(UserError, match=r"holds 0 of 8 identities.*fewer than 7 images"):
-        read_identity_folders(people, min_images_per_identity=7)
+        read_training_set(people, min_images_per_identity=7)
     (tmp_path / "out.txt").write_text("".join(f"p{k}\n" for k in range(7)))
     with pytest.raises(UserError, match="holds 1 of 8 identities"):
-        read_identity_folders(people, exclude_identities_file=tmp_path / "out.txt")
+        read_training_set(people, exclude_identities_file=tmp_path / "out.txt")
     with pytest.raises(UserError, match="exclude_identities_file: no such file"):
-        read_identity_folders(people, exclude_identities_file=tmp_path / "none.txt")
+        read_training_set(people, exclude_identities_file=tmp_path / "none.txt")
 
 
 # Augmentation
@@ -210,7 +211,7 @@ def run(people: Path, output_dir: Path, *, cached: bool = True, **kwargs) -> dic
     backbone = build_backbone("ir_18", input_size=16, num_features=16, width=0.125)
     head = ArcFace(16, 8, scale=16.0, margin=0.2)
     augment = Augmentation(flip=0.5, crop=0.2, low_resolution=0.2, photometric=0.2)
-    dataset = IdentityDataset(read_identity_folders(people), size=16, augment=augment, seed=0, cache_in_memory=cached)
+    dataset = IdentityDataset(read_training_set(people), size=16, augment=augment, seed=0, cache_in_memory=cached)
     return train(backbone, head, dataset, settings, output_dir, {"training": values})
 
 
@@ -302,11 +303,13 @@ def test_embeddings_are_unit_rows_and_blind_to_mirroring(people: Path) -> None:
 
 def test_paths_and_arrays_give_the_same(people: Path) -> None:
     backbone = build_backbone("ir_18", input_size=32, num_features=8, width=0.125)
-    folders = read_identity_folders(people)
+    folders = read_training_set(people)
     dataset = IdentityDataset(folders, size=32, augment=Augmentation(flip=0.0), seed=0)
     images = np.stack([dataset[0, i][0] for i in range(7)])
     expected = embed_images(backbone, images, batch_size=3)
-    assert np.allclose(embed_images(backbone, folders.paths[:7], root=people, batch_size=7), expected, atol=1e-5)
+    assert np.allclose(embed_images(backbone, folders.images.names[:7], root=people, batch_size=7), expected, atol=1e-5)
+    functions = [partial(folders.pixels, index) for index in range(7)]
+    assert np.allclose(embed_images(backbone, functions, batch_size=7), expected, atol=1e-5)
     assert embed_images(backbone, []).shape == (0, 8)
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recognition.verification import equal_error_rate, evaluate_pairs, read_pairs, roc_curve
+from recognition.verification import equal_error_rate, evaluate_pairs, roc_curve
 from tests.compat import load_arrays
 from utils.config import UserError
+from utils.data.formats.pairs import read_pairs
 
 
 def test_folds_are_the_published_ones() -> None:
@@ -82,7 +83,7 @@ def test_read_pairs_with_tabs_spaces_and_header(tmp_path: Path, faces: Path) -> 
     pairs = read_pairs(
         write(tmp_path, "2\t1\nAnn_Lee\t1\t3\nBo\t1\tVan Gogh\t1\n\nAnn_Lee 1 2\nAnn_Lee 2 Bo 2\n"), faces
     )
-    names = [(a.name, b.name) for a, b in pairs.paths]
+    names = [tuple(pairs.names[image].rpartition("/")[2] for image in pair) for pair in pairs.pairs]
     assert names == [
         ("Ann_Lee_0001.jpg", "Ann_Lee_0003.jpg"),
         ("Bo_0001.jpg", "Van Gogh_0001.jpg"),
@@ -96,7 +97,7 @@ def test_read_pairs_with_tabs_spaces_and_header(tmp_path: Path, faces: Path) -> 
 def test_without_a_fold_count_there_are_ten(tmp_path: Path, faces: Path) -> None:
     for header in ("", "1\n"):
         pairs = read_pairs(write(tmp_path, header + "Ann_Lee\t1\t3\nBo\t1\tAnn_Lee\t1\n"), faces)
-        assert (pairs.num_folds, len(pairs.paths)) == (10, 2)
+        assert (pairs.num_folds, len(pairs.pairs)) == (10, 2)
 
 
 def test_missing_images_are_counted_and_named_or_skipped(tmp_path: Path, faces: Path) -> None:

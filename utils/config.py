@@ -104,6 +104,18 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     return decorate
 
 
+def command_line(main: Callable[[], int]) -> None:
+    """Run a command that has no Hydra configuration. Exit status: what `main` returns, 2 for a user's mistake (one line
+    on standard error, as everywhere), 130 for Ctrl-C."""
+    try:
+        status = main()
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(status)
+
+
 def _fail(message: str) -> None:
     """Print one line and leave with status 2."""
     if distributed.rank() != 0:

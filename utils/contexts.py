@@ -41,7 +41,7 @@ def read_embeddings(path: str | Path, names_path: str | Path | None = None) -> t
                 f"{path}: its rows have no names; put image_names.txt or image_names.pkl beside it, or give "
                 "dataset.images_name_file_path"
             )
-        names = _read_names(Path(names_path))
+        names = read_names(Path(names_path))
     names = [name.replace("\\", "/").removeprefix("./") for name in names]
     return _checked(path, names, rows)
 
@@ -58,7 +58,7 @@ def read_contexts(path: str | Path) -> tuple[list[str], np.ndarray]:
         beside = _names_beside(path, (f"{path.stem.removesuffix('s')}_names.txt",))
         if beside is None and path.name == "embeddings.npy" and _names_beside(path, ("image_names.txt",)):
             raise UserError(f"{path}: one embedding an image, not one context an identity; contexts.npy is beside it")
-        names = [NUMBERED.format(row) for row in range(len(rows))] if beside is None else _read_names(beside)
+        names = [NUMBERED.format(row) for row in range(len(rows))] if beside is None else read_names(beside)
     return _checked(path, names, rows)
 
 
@@ -87,8 +87,8 @@ def _read(path: Path) -> tuple[list[str] | None, np.ndarray]:
     return None, rows[None] if rows.ndim == 1 else rows
 
 
-def _read_names(path: Path) -> list[str]:
-    """A text file with one name a line, or a pickled list of names."""
+def read_names(path: Path) -> list[str]:
+    """A text file with one name a line, or a pickled list of names; UserError for anything else."""
     if not path.is_file():
         raise UserError(f"{path}: no such file of names")
     if path.suffix in (".pkl", ".pickle"):

@@ -8,8 +8,9 @@ import io
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -28,23 +29,12 @@ ALIGNED_BLOCK = (112, 5)
 BLACK_LEVEL = 2
 
 
-def decode_image(data: bytes, name: str = "image") -> np.ndarray:
-    """Decode an encoded image (PNG, JPEG, ...) to uint8 (H, W, 3) RGB.
-
-    Grey, palette and CMYK images are converted, 16-bit ones scaled to 8 bits, transparent pixels laid over black, and
-    the camera's orientation tag is obeyed. Raises UserError naming `name` where the data are no readable image.
-    """
+@contextmanager
+def _opened(source: str | Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
+    """The image, its header read; what is wrong with it, then or inside the block, becomes a UserError with `name`."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey, as I;16 or widened to 32 bits
-                grey = np.asarray(image).astype(np.float64)
-                grey = np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=2)
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-            return np.array(image.convert("RGB"))
+        with Image.open(source) as image:
+            yield image
     except UnidentifiedImageError as error:
         raise UserError(f"{name}: not an image of a known format") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
@@ -52,24 +42,56 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
         raise UserError(f"{name}: not a readable image ({reason})") from error
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Read an image file as uint8 (H, W, 3) RGB (see `decode_image`); UserError where it cannot be read."""
+def decode_image(data: bytes, name: str = "image") -> np.ndarray:
+    """Decode an encoded image (PNG, JPEG, ...) to uint8 (H, W, 3) RGB.
+
+    Grey, palette and CMYK images are converted, 16-bit ones scaled to 8 bits, transparent pixels laid over black, and
+    the camera's orientation tag is obeyed. Raises UserError naming `name` where the data are no readable image.
+    """
+    with _opened(io.BytesIO(data), name) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey, as I;16 or widened to 32 bits
+            grey = np.asarray(image).astype(np.float64)
+            grey = np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=2)
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        return np.array(image.convert("RGB"))
+
+
+def image_format(data: bytes, name: str = "image") -> str:
+    """The format of an encoded image by its header, as Pillow calls it (JPEG, PNG, ...); UserError where none."""
+    with _opened(io.BytesIO(data), name) as image:
+        return image.format
+
+
+def suffix_of(data: bytes, name: str = "image") -> str:
+    """The file name suffix for an encoded image, one of IMAGE_SUFFIXES; UserError for any other format."""
+    found = image_format(data, name)
+    suffix = next((s for s in IMAGE_SUFFIXES if Image.registered_extensions()[s] == found), None)
+    if suffix is None:
+        raise UserError(f"{name}: an image of the format {found}; {', '.join(IMAGE_SUFFIXES)} are read")
+    return suffix
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file; UserError where it cannot be read."""
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return decode_image(data, str(path))
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image file as uint8 (H, W, 3) RGB (see `decode_image`); UserError where it cannot be read."""
+    return decode_image(read_bytes(path), str(path))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) in pixels from the file's header; UserError where there is none."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path}: not an image of a known format") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error})") from error
+    with _opened(path, str(path)) as image:
+        return image.height, image.width
 
 
 def encode_image(image: np.ndarray, suffix: str = ".png") -> bytes:
@@ -86,8 +108,12 @@ def encode_image(image: np.ndarray, suffix: str = ".png") -> bytes:
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write uint8 (H, W, 3) RGB; the file appears whole or not at all, its folder is made where missing."""
+    write_encoded(path, encode_image(image, Path(path).suffix))
+
+
+def write_encoded(path: str | Path, data: bytes) -> None:
+    """Write an encoded image as it is; the file appears whole or not at all, its folder is made where missing."""
     path = Path(path)
-    data = encode_image(image, path.suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
@@ -218,7 +244,7 @@ def default_threads() -> int:
 
 
 def load_images(
-    paths: Iterable[str | Path],
+    images: Iterable[str | Path | Callable[[], np.ndarray]],
     size: int,
     *,
     root: str | Path = ".",
@@ -228,20 +254,22 @@ def load_images(
 ) -> np.ndarray:
     """Read images into one uint8 (n, size, size, 3) array, for caches; order as given.
 
-    Each is cut to its centred square and resized. `root` is put before relative paths; `threads` None takes every
-    processor (decoding and resizing release the interpreter lock); `progress` labels a bar, None shows none. The first
-    unreadable file raises UserError.
+    Each is a path, or a function that gives uint8 (H, W, 3) RGB; it is cut to its centred square and resized. `root` is
+    put before relative paths; `threads` None takes every processor (decoding and resizing release the interpreter
+    lock); `progress` labels a bar, None shows none. The first unreadable file raises UserError.
     """
-    paths = [Path(root) / path for path in paths]
-    pixels = np.empty((len(paths), size, size, 3), np.uint8)
+    images = list(images)
+    pixels = np.empty((len(images), size, size, 3), np.uint8)
 
     def load(index: int) -> None:
-        pixels[index] = resize(centre_square(read_image(paths[index])), size, antialias)
+        source = images[index]
+        image = source() if callable(source) else read_image(Path(root) / source)
+        pixels[index] = resize(centre_square(image), size, antialias)
 
     with ThreadPoolExecutor(threads or default_threads()) as pool:
-        done = pool.map(load, range(len(paths)))
+        done = pool.map(load, range(len(images)))
         try:
-            for _ in tqdm(done, total=len(paths), desc=progress, unit="image", disable=progress is None):
+            for _ in tqdm(done, total=len(images), desc=progress, unit="image", disable=progress is None):
                 pass
         except UserError:
             pool.shutdown(cancel_futures=True)
