@@ -14,6 +14,7 @@ from utils.data.formats.pairs import holds_pairs, pairs_of_pickle, read_pairs
 from utils.data.formats.recordio import RecordImages
 from utils.data.formats.tfrecord import read_tfrecord
 from utils.data.formats.webdataset import ShardImages
+from utils.data.formats.writers import is_unfinished
 from utils.images import read_bytes
 
 NAME_LISTS = ("image_names.pkl", "image_names.txt")
@@ -79,7 +80,9 @@ def _open_text(path: Path, root: str | Path | None) -> EncodedImages:
     return read_name_list(path, root)
 
 
-def _open_folder(folder: Path, root: str | Path | None) -> LabelledImages:
+def _open_folder(folder: Path, root: str | Path | None) -> EncodedImages:
+    if is_unfinished(folder):
+        raise UserError(f"{folder}: a conversion that was interrupted; give the same command again, and it goes on")
     records = sorted(folder.glob("*.rec"))
     if len(records) > 1:
         raise UserError(f"{folder}: {', '.join(path.name for path in records)}; give one of these files")
@@ -96,7 +99,7 @@ def _open_folder(folder: Path, root: str | Path | None) -> LabelledImages:
     if any(folder.glob("*.tfrecord")):
         raise UserError(f"{folder}: TFRecord shards without <name>.txt or <name>.index, which tells what is where")
     names = next((folder / name for name in NAME_LISTS if (folder / name).is_file()), None)
-    return read_class_folders(folder) if names is None else read_name_list(names, root)
+    return read_class_folders(folder) if names is None else open_images(names, root)
 
 
 def _indices(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ parent folder. Files written here come with both, so labels, names and identitie
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -75,25 +76,27 @@ def read_tfrecord(index: str | Path, root: str | Path | None = None) -> TFRecord
     Raises UserError for lines of another form, shards that are not there, offsets outside them.
     """
     index = Path(index)
-    lines = [line.split("\t") for line in read_lines(index)]
-    if not lines or len(lines[0]) not in (3, 4):
+    lines = read_lines(index)
+    columns = lines[0].count("\t") + 1 if lines else 0
+    if columns not in (3, 4):
         raise UserError(f"{index}: not an index of TFRecord files; 3 or 4 columns separated by tabs are wanted")
-    columns = len(lines[0])
-    for number, fields in enumerate(lines, start=1):
-        if len(fields) != columns:
-            raise UserError(f"{index} line {number}: {len(fields)} columns; the first line has {columns}")
-    numbers = [whole_numbers(fields[1:], index, number) for number, fields in enumerate(lines, start=1)]
-    table = np.array(numbers, np.int64)  # (n, 2 or 3): shard, offset and perhaps label
-    sets = [fields[0] for fields in lines] if columns == 4 else [index.stem] * len(lines)
+    firsts: list[str] = []  # the first column
+    table = np.empty((len(lines), columns - 1), np.int64)  # shard, offset and perhaps label
+    for row, line in enumerate(lines):
+        first, *rest = line.split("\t")
+        if len(rest) != columns - 1:
+            raise UserError(f"{index} line {row + 1}: {len(rest) + 1} columns; the first line has {columns}")
+        firsts.append(sys.intern(first) if columns == 4 else first)  # names of sets repeat, by the million
+        table[row] = whole_numbers(rest, index, row + 1)
+    sets = firsts if columns == 4 else [index.stem] * len(lines)
     shards, shard_of = _find_shards(index, sets, table[:, 0], root)
 
     if columns == 3:
-        # The path is a name, not a place, and often an absolute one of another machine: its last folder is the label
-        names = ["/".join(fields[0].replace("\\", "/").split("/")[-2:]) for fields in lines]
+        names = [_relative(first) for first in firsts]
         loose = next((name for name in names if not parent_of(name)), None)
         if loose is not None:
             raise UserError(f"{index}: {loose} has no folder, whose number would be the label")
-        identities, labels = labels_by([parent_of(name) for name in names])
+        identities, labels = labels_by([parent_of(name).rpartition("/")[2] for name in names])
     else:
         labels = table[:, 2]
         known = _names_beside(index, table)
@@ -131,6 +134,12 @@ def _shard_path(index: Path, places: Sequence[Path], name: str, number: int) -> 
     return found
 
 
+def _relative(path: str) -> str:
+    """The path in an index as a name; of an absolute one, which is another machine's, the last folder and file."""
+    path = path.replace("\\", "/").removeprefix("./")
+    return "/".join(path.split("/")[-2:]) if path.startswith("/") or path[1:2] == ":" else path
+
+
 def _names_beside(index: Path, table: np.ndarray) -> list[str] | None:
     """The paths in `<name>.index`, where it stands beside `<name>.txt` and tells of the same records."""
     beside = index.with_suffix(".index")
@@ -140,7 +149,7 @@ def _names_beside(index: Path, table: np.ndarray) -> list[str] | None:
     if any(len(fields) != 3 for fields in lines):
         return None
     places = [whole_numbers(fields[1:], beside, number) for number, fields in enumerate(lines, start=1)]
-    return [fields[0] for fields in lines] if np.array_equal(np.array(places), table[:, :2]) else None
+    return [_relative(fields[0]) for fields in lines] if np.array_equal(np.array(places), table[:, :2]) else None
 
 
 # Records

@@ -1,7 +1,7 @@
 """Labelled images into any of the formats. Encoded bytes pass through unchanged: nothing is decoded or compressed anew.
 
 Each file appears whole or not at all. A folder that is being filled carries a record of what goes into it: the same
-conversion goes on with the files that are missing, another one is refused.
+conversion goes on with the files that are missing, another one is refused, and so is reading before the end.
 
 What survives: labels in every format but class folders, which number identities anew in the order of their names;
 names and identities in every format. `train.rec` keeps images sorted by label.
@@ -47,9 +47,10 @@ def write_labelled(data: LabelledImages, out: str | Path, to: str, *, images_per
     if images_per_shard < 1:
         raise UserError(f"images_per_shard: {images_per_shard}; it must be at least 1")
     names = _names(data, flat=to == "folders")
-    _claim(data, out, {"format": to, "images": len(data), "images_per_shard": images_per_shard}, names)
+    record = _claim(data, out, {"format": to, "images": len(data), "images_per_shard": images_per_shard}, names)
     with tqdm(total=len(data), desc=to, unit="image", disable=not distributed.is_main()) as bar:
         WRITERS[to](data, out, names, images_per_shard, bar)
+    write_json(out / RECORD, {**record, "complete": True})
 
 
 def _names(data: LabelledImages, flat: bool) -> list[str]:
@@ -83,18 +84,19 @@ def _visible(name: str) -> str:
     return re.sub(r"(^|/)\.", r"\1_", name)
 
 
-def _claim(data: LabelledImages, out: Path, record: dict, names: list[str]) -> None:
-    """Make `out`, or see that it is a part of the same conversion; clear what a killed one left half written."""
+def _claim(data: LabelledImages, out: Path, record: dict, names: list[str]) -> dict:
+    """Make `out`, or see that it is a part of the same conversion; clear what a killed one left half written. Its
+    record, not yet complete."""
     source = data.path.resolve()
     if source.is_dir() and (out.resolve() == source or source in out.resolve().parents):
         raise UserError(f"OUT: {out} is inside {data.path}, which is read; name a folder elsewhere")
     digest = hashlib.sha256(data.labels.tobytes())
     digest.update("\n".join([*data.identities, *names]).encode("utf-8", "surrogateescape"))
-    record = {**record, "names_and_labels": digest.hexdigest()}
+    record = {**record, "names_and_labels": digest.hexdigest(), "complete": False}
     if out.exists() and not out.is_dir():
         raise UserError(f"OUT: {out} is a file; name a new folder")
     if (out / RECORD).is_file():
-        if json.loads((out / RECORD).read_text(encoding="utf-8")) != record:
+        if {**json.loads((out / RECORD).read_text(encoding="utf-8")), "complete": False} != record:
             raise UserError(
                 f"OUT: {out} holds a conversion of other images or with other settings; name another folder"
             )
@@ -103,6 +105,13 @@ def _claim(data: LabelledImages, out: Path, record: dict, names: list[str]) -> N
     write_json(out / RECORD, record)
     for leftover in [*out.glob(".*.tmp"), *out.glob("*/.*.tmp")]:
         leftover.unlink()
+    return record
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a conversion into `folder` was begun and has not come to its end."""
+    record = folder / RECORD
+    return record.is_file() and not json.loads(record.read_text(encoding="utf-8"))["complete"]
 
 
 def _write_folders(data: LabelledImages, out: Path, names: list[str], _: int, bar: tqdm) -> None:
