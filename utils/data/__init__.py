@@ -1,1 +1,1 @@
-"""Data sets, latents and the procedurally rendered faces."""
+"""Data sets and their formats, latents and the procedurally rendered faces."""

@@ -53,7 +53,7 @@ class ShardImages(LabelledImages):
         self.parts = FileParts([Path(shard) for shard in shards])
         samples: list[_Sample] = []
         silent = len(shards) < 2 or not distributed.is_main()
-        for number in tqdm(range(len(shards)), desc="reading tar files", unit="file", disable=silent):
+        for number in tqdm(range(len(shards)), desc="reading tar files", unit="file", disable=silent, delay=2):
             samples += _list_shard(self.parts, number)
         if not samples:
             raise UserError(f"{path}: its tar files hold no images")
