@@ -15,7 +15,7 @@ from models.autoencoder.data import DatasetSettings, Images, split_images
 from models.autoencoder.evaluation import evaluate, fine_energy, measure_latents, ssim
 from models.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss
 from models.autoencoder.lpips import BLOCKS, LPIPS, load_lpips
-from models.autoencoder.training_settings import TrainingSettings, lr_factor, share_done
+from models.autoencoder.training_settings import TrainingSettings, adversarial_factor, lr_factor, share_done
 from models.autoencoder.vqgan import VQModel, load_decoder, load_encoder
 from tests.compat import fill_deterministic, relative_error
 from utils.checkpoint import CheckpointFolder, load_safetensors, load_torch, save_torch
@@ -99,6 +99,16 @@ def test_each_network_has_an_optimiser_of_its_own(run, face_folder):
     assert discriminator["betas"] == (0.9, 0.99)
 
 
+def test_the_adversarial_weight_rises(compose):
+    cfg = compose("train_autoencoder_config", "training.discriminator_start=10").training
+    cfg = OmegaConf.masked_copy(cfg, [k for k in cfg if k not in train_autoencoder.GROUPS])
+    at_once = settings(cfg, TrainingSettings, "t")
+    assert [adversarial_factor(at_once, step) for step in (0, 9, 10, 11)] == [0, 0, 1, 1]
+    rising = replace(at_once, discriminator_warmup=3)
+    assert [adversarial_factor(rising, step) for step in (9, 10, 12, 13, 14)] == [0, 0.25, 0.75, 1, 1]
+    assert adversarial_factor(replace(rising, discriminator_start=None), 100) == 0
+
+
 def test_discriminator_sees_patches():
     net = PatchDiscriminator(channels=16, layers=2)
     images = torch.zeros(1, 3, 64, 64, requires_grad=True)
@@ -161,7 +171,9 @@ def test_evaluation_and_latent_statistics(face_folder):
 
 def test_learning_rate_follows_steps_or_minutes(compose):
     cfg = compose("train_autoencoder_config", "dataset.samples_root=x").training
-    cfg = settings(OmegaConf.masked_copy(cfg, [k for k in cfg if k not in train_autoencoder.GROUPS]), TrainingSettings, "t")
+    cfg = settings(
+        OmegaConf.masked_copy(cfg, [k for k in cfg if k not in train_autoencoder.GROUPS]), TrainingSettings, "t"
+    )
     cfg = replace(cfg, steps=100, max_minutes=10.0, warmup_steps=3, lr_schedule="cosine")
     share, factor = share_done, lr_factor
     assert share(cfg, 50, 2.0) == 0.5

@@ -26,7 +26,13 @@ from models.autoencoder.evaluation import draw_preview, evaluate, measure_latent
 from models.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_discriminator_loss
 from models.autoencoder.lpips import LPIPS, load_lpips
 from models.autoencoder.quantization import perplexity
-from models.autoencoder.training_settings import TrainingSettings, check_settings, lr_factor, share_done
+from models.autoencoder.training_settings import (
+    TrainingSettings,
+    adversarial_factor,
+    check_settings,
+    lr_factor,
+    share_done,
+)
 from models.autoencoder.vqgan import DECODER_FILE, ENCODER_FILE, VQModel, save_autoencoder
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, strict_load, write_json
@@ -153,21 +159,21 @@ def train(
                 similarity_loss = reconstruction_loss + cfg.lpips_weight * perceptual_loss
                 window.add(lpips=perceptual_loss)
             loss = similarity_loss + cfg.codebook_weight * output.quantizer_loss
-            adversarial = cfg.discriminator_start is not None and step >= cfg.discriminator_start
-            if adversarial:
+            adversarial = adversarial_factor(cfg, step)
+            if adversarial > 0:
                 discriminator.requires_grad_(False)
                 with autocast(device, cfg.precision):
                     generator_loss = -discriminator(output.images).float().mean()
                 last_layer = model.decoder.conv_out.weight
                 weight = adaptive_weight(similarity_loss, generator_loss, last_layer, scaler.get_scale())
-                loss = loss + cfg.discriminator_weight * weight * generator_loss
+                loss = loss + adversarial * cfg.discriminator_weight * weight * generator_loss
             taken = _update(model, loss, optimizer, scaler, cfg.gradient_clip, take)
             if taken:
                 ema.update(model)
                 window.add(l1=reconstruction_loss, quantizer=output.quantizer_loss)
 
             # Discriminator: hinge loss on the same images
-            if adversarial:
+            if adversarial > 0:
                 discriminator.requires_grad_(True)
                 with autocast(device, cfg.precision):
                     logits_real, logits_fake = discriminator(torch.cat([real, output.images.detach()])).float().chunk(2)

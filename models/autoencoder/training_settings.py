@@ -35,6 +35,7 @@ class TrainingSettings:
     revive_codes_every: int | None  # after so many steps, codes unused since the last time are drawn anew
     discriminator_start: int | None  # step; null: no discriminator
     discriminator_weight: float
+    discriminator_warmup: int  # steps over which the weight rises to that from 0
     discriminator_channels: int
     discriminator_layers: int
     steps_between_logging: int
@@ -65,6 +66,13 @@ def share_done(cfg: TrainingSettings, step: int, minutes: float) -> float:
     """How much of the run is over, 1 at its end: by steps, or by minutes where these run out first."""
     by_time = 0.0 if cfg.max_minutes is None else minutes / cfg.max_minutes
     return max(step / cfg.steps, by_time)
+
+
+def adversarial_factor(cfg: TrainingSettings, step: int) -> float:
+    """What discriminator_weight is multiplied by in `step`: 0 before discriminator_start, then a linear rise to 1."""
+    if cfg.discriminator_start is None or step < cfg.discriminator_start:
+        return 0.0
+    return min(1.0, (step - cfg.discriminator_start + 1) / (cfg.discriminator_warmup + 1))
 
 
 def lr_factor(cfg: TrainingSettings, step: int, done: float) -> float:
