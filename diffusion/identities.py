@@ -3,7 +3,6 @@
 Legend: n identities, D context width.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from models.diffusion.unet import ConditionalUNet
 from utils.config import UserError
-from utils.contexts import NUMBERED, read_contexts, uniform_contexts
+from utils.contexts import NUMBERED, read_contexts, rows_digest, uniform_contexts
 
 
 @dataclass
@@ -81,7 +80,7 @@ def _from_file(unet: ConditionalUNet, contexts_file: str, n_contexts: int | None
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise UserError(f"sampling.contexts_file: {contexts_file} names {len(repeated)} people twice ({repeated[0]})")
-    digest = hashlib.sha256("\n".join(names).encode() + contexts.tobytes()).hexdigest()
+    digest = rows_digest(names, contexts)
     return Identities(names[:n_contexts], torch.from_numpy(contexts)[:n_contexts], digest)
 
 

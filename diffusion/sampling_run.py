@@ -251,16 +251,7 @@ def check_settings(generator: FaceGenerator, sampler: functools.partial, cfg: Sa
         if value is not None and value < 1:
             raise UserError(f"sampling.{key}: {value}; give at least 1")
     check_precision(cfg.precision)
-    for name, value in sampler.keywords.items():
-        wanted = inspect.signature(sampler.func).parameters[name].annotation
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value != AUTO and ((wanted in (int, float) and not is_number) or (wanted is int and value != int(value))):
-            options = f" or {AUTO}" if name == "threshold" else ""
-            raise UserError(f"sampler.{name}: {value!r}; give a {'whole ' if wanted is int else ''}number{options}")
-    if sampler.keywords.get("indexing") not in (None, *INDEXINGS):
-        raise UserError(f"sampler.indexing: {sampler.keywords['indexing']!r}; give one of {', '.join(INDEXINGS)}")
-    if "num_steps" in sampler.keywords:
-        ddim_timesteps(generator.schedule.num_timesteps, sampler.keywords["num_steps"])
+    check_sampler(generator, sampler)
     if "threshold" not in sampler.keywords:
         return sampler
     if not generator.unet.has_cross_attention:
@@ -283,6 +274,20 @@ def check_settings(generator: FaceGenerator, sampler: functools.partial, cfg: Sa
             "(step_th is the lower end)"
         )
     return sampler
+
+
+def check_sampler(generator: FaceGenerator, sampler: functools.partial) -> None:
+    """Raise UserError for settings of `sampler` that are of another type, unknown or too many steps."""
+    for name, value in sampler.keywords.items():
+        wanted = inspect.signature(sampler.func).parameters[name].annotation
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value != AUTO and ((wanted in (int, float) and not is_number) or (wanted is int and value != int(value))):
+            options = f" or {AUTO}" if name == "threshold" else ""
+            raise UserError(f"sampler.{name}: {value!r}; give a {'whole ' if wanted is int else ''}number{options}")
+    if sampler.keywords.get("indexing") not in (None, *INDEXINGS):
+        raise UserError(f"sampler.indexing: {sampler.keywords['indexing']!r}; give one of {', '.join(INDEXINGS)}")
+    if "num_steps" in sampler.keywords:
+        ddim_timesteps(generator.schedule.num_timesteps, sampler.keywords["num_steps"])
 
 
 def fixed_settings(

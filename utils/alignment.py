@@ -42,6 +42,16 @@ def similarity_matrix(landmarks: np.ndarray) -> np.ndarray:
     return np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
 
 
+def alignment_error(landmarks: np.ndarray) -> float:
+    """How far landmarks (5, 2) stay from the template once aligned: RMS distance in pixels of the 112 x 112 crop.
+
+    Frontal faces lie near it; profiles and wrong landmarks do not. ValueError as `similarity_matrix`.
+    """
+    matrix = similarity_matrix(landmarks)
+    aligned = np.asarray(landmarks, np.float64) @ matrix[:, :2].T + matrix[:, 2]
+    return float(np.sqrt(np.square(aligned - TEMPLATE).sum(axis=1).mean()))
+
+
 def warp(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
     """Apply an affine transform (2, 3) of pixel coordinates to uint8 (H, W, 3): (size, size, 3).
 

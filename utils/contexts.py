@@ -6,7 +6,9 @@ identity (the normalised mean of its embeddings, or a new one).
 Legend: n rows, D width. All arrays that leave this module are float32 (n, D) with rows of length 1.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from utils import safe_pickle
 from utils.checkpoint import write_atomically, write_text
 from utils.config import UserError
+from utils.context_selection import ContextSelector
 
 # Names of identities that a file does not name; the width is fixed so that a name does not depend on their count.
 NUMBERED = "{:05d}"
@@ -186,6 +189,11 @@ def write_rows(path: str | Path, names_path: str | Path, names: Sequence[str], r
     save_rows(path, rows)
 
 
+def rows_digest(names: Sequence[str], rows: np.ndarray) -> str:
+    """SHA-256 of named rows (n, D), whatever file they came from."""
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape") + rows.tobytes()).hexdigest()
+
+
 def save_rows(path: str | Path, rows: np.ndarray) -> None:
     """Write (n, D) as a float32 `.npy`, whole or not at all."""
 
@@ -196,13 +204,21 @@ def save_rows(path: str | Path, rows: np.ndarray) -> None:
     write_atomically(path, save)
 
 
+def uniform_blocks(width: int, seed: int) -> Iterator[np.ndarray]:
+    """Directions drawn uniformly, without end: blocks (DRAWS_AT_ONCE, width) of normalised Gaussian vectors."""
+    generator = np.random.default_rng(seed)
+    while True:
+        rows = generator.standard_normal((DRAWS_AT_ONCE, width))
+        yield (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
 def uniform_contexts(count: int, width: int, seed: int) -> np.ndarray:
     """(count, width) directions drawn uniformly: normalised Gaussian vectors (IDiff-Face, ICCV 2023).
 
     The first rows do not depend on `count`.
     """
-    rows = np.random.default_rng(seed).standard_normal((count, width))
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    blocks = islice(uniform_blocks(width, seed), -(-count // DRAWS_AT_ONCE))
+    return np.concatenate([np.empty((0, width), np.float32), *blocks])[:count]
 
 
 def gaussian_contexts(
@@ -235,25 +251,18 @@ def gaussian_contexts(
     root = _root(_covariance(reference, shrinkage))
     mean = reference.mean(axis=0)
     generator = np.random.default_rng(seed)
-    accepted = np.empty((0, reference.shape[1]))
+    selector = ContextSelector(count, max_among=max_similarity, max_known=max_similarity, known=reference)
     for _ in range(-(-DRAWS_PER_CONTEXT * count // DRAWS_AT_ONCE)):
-        if len(accepted) >= count:
+        if selector.is_full:
             break
         drawn = mean + generator.standard_normal((DRAWS_AT_ONCE, len(mean))) @ root
-        drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
-        drawn = drawn[(drawn @ np.concatenate([reference, accepted]).T).max(axis=1) <= max_similarity]
-        near = np.tril(drawn @ drawn.T > max_similarity, k=-1)
-        kept: list[int] = []
-        for row in range(len(drawn)):
-            if not near[row, kept].any():
-                kept.append(row)
-        accepted = np.concatenate([accepted, drawn[kept]])
-    if len(accepted) < count:
+        selector.offer(drawn / np.linalg.norm(drawn, axis=1, keepdims=True))
+    if not selector.is_full:
         raise UserError(
-            f"max_similarity: {max_similarity:.3f} leaves room for {len(accepted)} of {count} new identities in "
+            f"max_similarity: {max_similarity:.3f} leaves room for {len(selector)} of {count} new identities in "
             f"{DRAWS_PER_CONTEXT * count} draws; raise it or ask for fewer"
         )
-    return accepted[:count].astype(np.float32)
+    return selector.rows
 
 
 def _covariance(rows: np.ndarray, shrinkage: float | None) -> np.ndarray:
