@@ -8,7 +8,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion.context_faces import DrawnFacesSettings, drawn_faces_source
+from diffusion.context_faces import drawn_faces_source
+from diffusion.drawn_faces import DrawnFacesSettings
 from utils.config import UserError, check_keys, entry_point, instantiate, settings
 from utils.context_creation import create_contexts
 from utils.context_limits import ContextSettings
@@ -50,7 +51,7 @@ def make_source(cfg: DictConfig, options: ContextSettings) -> ContextSource:
         return build(settings(own, cls, "source"), options.seed)
     if cfg.source.name != "two_stage":
         raise UserError(
-            f"source.name: {cfg.source.name}; choose one of {', '.join(CHEAP_SOURCES)}, two_stage by source=..."
+            f"source.name: {cfg.source.name}; leave it as source={'|'.join(CHEAP_SOURCES)}|two_stage sets it"
         )
     sampler = instantiate(cfg.sampler, "sampler")
     source = drawn_faces_source(

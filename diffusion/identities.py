@@ -23,6 +23,8 @@ class Identities:
     names: list[str]
     contexts: Tensor | None  # (n, D) float32 unit rows, (n,) long class numbers, or None for an unconditional model
     sha256: str
+    neighbours: Tensor | None = None  # (N, D) all contexts of the source, the n drawn ones first; None: no vectors
+    depends_on_number: bool = False  # whether another n means other neighbours
 
     def __post_init__(self) -> None:
         self._rows = {name: row for row, name in enumerate(self.names)}
@@ -54,7 +56,7 @@ def load_identities(unet: ConditionalUNet, contexts_file: str | None, n_contexts
     names = [NUMBERED.format(number) for number in range(n_contexts)]
     if needs_vectors:
         contexts = torch.from_numpy(uniform_contexts(n_contexts, unet.context_input_channels, seed))
-        return Identities(names, contexts, f"uniform, seed {seed}")
+        return Identities(names, contexts, f"uniform, seed {seed}", contexts, depends_on_number=True)
     if not unet.is_context_conditional:
         return Identities(names, None, "unconditional")
     if n_contexts > unet.n_context_classes:
@@ -81,7 +83,8 @@ def _from_file(unet: ConditionalUNet, contexts_file: str, n_contexts: int | None
     if repeated:
         raise UserError(f"sampling.contexts_file: {contexts_file} names {len(repeated)} people twice ({repeated[0]})")
     digest = rows_digest(names, contexts)
-    return Identities(names[:n_contexts], torch.from_numpy(contexts)[:n_contexts], digest)
+    neighbours = torch.from_numpy(contexts)
+    return Identities(names[:n_contexts], neighbours[:n_contexts], digest, neighbours)
 
 
 def _folder_name(name: str, contexts_file: str) -> str:

@@ -2,7 +2,8 @@
 
     <save_dir>/<identity>/<k>.png      or <save_dir>/<identity>.png, an identity block
     <save_dir>/sampling.json           the settings; the same folder never mixes two of them
-    <save_dir>/manifest.jsonl          file, identity, index, seed, switch_t, sha256 of every image; written at the end
+    <save_dir>/manifest.jsonl          file, identity, index, seed, switch_t, sha256 of every image, angle (radians) of
+                                       perturbed ones; written at the end
     <save_dir>/attention_change.npz    d of every image (two-stage sampler)
     <save_dir>/.parts/*.jsonl          while drawing: the lines of each process, appended after their images
 
@@ -28,6 +29,7 @@ from utils.images import SAMPLED_BLOCK, encode_image, read_block, read_image, wr
 
 SAVE_MODES = ("folders", "blocks")
 MANIFEST_COLUMNS = ("file", "identity", "index", "seed", "switch_t", "sha256")
+OPTIONAL_COLUMNS = ("angle",)  # of identity perturbation, radians
 BLOCK_COLUMNS = SAMPLED_BLOCK[1]
 _OWN_FILES = ("log.txt", PREVIEW_FILE, CALIBRATION_FILE)
 _WAITING_BATCHES = 2  # how far drawing may run ahead of the disk
@@ -159,7 +161,8 @@ class SampleStore:
                 "timesteps": np.array(timesteps),
             }
             write_atomically(self.series, lambda path: _save_arrays(path, arrays))
-        kept = ({column: records[sample][column] for column in MANIFEST_COLUMNS} for sample in wanted)
+        columns = (*MANIFEST_COLUMNS, *(column for column in OPTIONAL_COLUMNS if column in records[wanted[0]]))
+        kept = ({column: records[sample][column] for column in columns} for sample in wanted)
         write_text(self.manifest, "".join(_line(record) for record in kept))
         if self.parts.is_dir():
             for path in self.parts.iterdir():

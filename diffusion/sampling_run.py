@@ -20,6 +20,12 @@ from tqdm import tqdm
 from diffusion.calibration import Calibration, CalibrationSettings, calibrate, read_calibration
 from diffusion.generator import FaceGenerator
 from diffusion.identities import Identities
+from diffusion.perturbation import (
+    Perturbation,
+    PerturbationSettings,
+    check_perturbation,
+    measure_perturbation,
+)
 from diffusion.sample_store import Record, Sample, SampleStore
 from diffusion.samplers import INDEXINGS, ddim_timesteps
 from diffusion.sampling_preview import COLUMNS, ROWS, write_preview
@@ -53,6 +59,7 @@ class SamplingSettings:
     device: str = "auto"
     sample_config: dict[str, Any] = field(default_factory=dict)  # what the chosen sampler reads, see configs/sampler
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    perturbation: PerturbationSettings = field(default_factory=PerturbationSettings)
 
 
 @dataclass
@@ -83,15 +90,19 @@ def draw_data_set(
     store = SampleStore(cfg.save_dir, cfg.save_mode)
     has_stages = "threshold" in sampler.keywords
 
-    # Settings, threshold, work: decided by one process for all
-    def prepare() -> tuple[Calibration | None, list[list[Sample]]]:
+    # Settings, threshold, perturbation, work: decided by one process for all
+    def prepare() -> tuple[Calibration | None, Perturbation | None, list[list[Sample]]]:
         store.claim(fixed_settings(generator, sampler, identities, cfg), _sizes(identities, cfg), source)
         calibration = None
         if sampler.keywords.get("threshold") == AUTO:
             calibration = read_calibration(store.folder) or measure(generator, sampler, identities, cfg, device)
-        return calibration, store.missing(identities.names, cfg.n_samples_per_context, with_series=has_stages)
+        perturbation = None
+        if cfg.perturbation.lower_bound is not None:
+            perturbation = measure_perturbation(cfg.perturbation, identities, cfg.seed)
+        units = store.missing(identities.names, cfg.n_samples_per_context, with_series=has_stages)
+        return calibration, perturbation, units
 
-    calibration, units = distributed.on_main(prepare)
+    calibration, perturbation, units = distributed.on_main(prepare)
     if calibration is not None:
         log.info(
             "threshold %.4g: the median of %d images switches at t = %d",
@@ -100,6 +111,12 @@ def draw_data_set(
             calibration.target_t,
         )
         sampler = functools.partial(sampler, threshold=calibration.threshold)
+    if perturbation is not None:
+        raised = sum(bound > cfg.perturbation.lower_bound for bound in perturbation.lower_bounds.values())
+        log.info(
+            "perturbation: cos(a) from %g on; from more for %d of %d identities, whose nearest neighbour is nearer",
+            *(cfg.perturbation.lower_bound, raised, len(identities)),
+        )
     mine = [sample for unit in distributed.share(units) for sample in unit]
     total = len(identities) * cfg.n_samples_per_context
     todo = sum(len(unit) for unit in units)
@@ -118,16 +135,19 @@ def draw_data_set(
         for first in range(0, len(mine), cfg.batch_size):
             batch = mine[first : first + cfg.batch_size]
             seeds = [image_seed(cfg.seed, name, index) for name, index in batch]
+            contexts, angles = identities.contexts_of([name for name, _ in batch]), None
+            if perturbation is not None:
+                contexts, angles = perturbation.apply(contexts, batch)
             drawn = draw_batch(
                 generator,
                 sampler,
-                identities.contexts_of([name for name, _ in batch]),
+                contexts,
                 seeds,
                 device=device,
                 precision=cfg.precision,
                 image_size=cfg.image_size,
             )
-            writer.add(drawn.images, _records(batch, seeds, drawn))
+            writer.add(drawn.images, _records(batch, seeds, drawn, angles))
             progress.update(len(batch))
     seconds = time.perf_counter() - start
 
@@ -251,6 +271,7 @@ def check_settings(generator: FaceGenerator, sampler: functools.partial, cfg: Sa
         if value is not None and value < 1:
             raise UserError(f"sampling.{key}: {value}; give at least 1")
     check_precision(cfg.precision)
+    check_perturbation(cfg.perturbation, generator.unet)
     check_sampler(generator, sampler)
     if "threshold" not in sampler.keywords:
         return sampler
@@ -304,7 +325,10 @@ def fixed_settings(
         "sampling.save_mode": cfg.save_mode,
         "sampling.image_size": cfg.image_size,
         "sampling.precision": cfg.precision,
+        "sampling.perturbation.lower_bound": cfg.perturbation.lower_bound,
     }
+    if cfg.perturbation.lower_bound is not None and identities.depends_on_number:
+        fixed["sampling.n_contexts"] = len(identities)  # more of them are nearer neighbours
     if sampler.keywords.get("threshold") == AUTO:
         fixed["sampling.calibration.target_t"] = cfg.calibration.target_t
         fixed["sampling.calibration.n_contexts"] = cfg.calibration.n_contexts
@@ -318,11 +342,15 @@ def _sizes(identities: Identities, cfg: SamplingSettings) -> dict[str, int]:
     }
 
 
-def _records(batch: Sequence[Sample], seeds: Sequence[int], drawn: Drawn) -> list[Record]:
+def _records(
+    batch: Sequence[Sample], seeds: Sequence[int], drawn: Drawn, angles: Sequence[float] | None
+) -> list[Record]:
     """The manifest's lines of a batch, as far as drawing knows them."""
     records: list[Record] = []
     for row, ((name, index), seed) in enumerate(zip(batch, seeds, strict=True)):
         record: Record = {"identity": name, "index": index, "seed": seed, "switch_t": drawn.switch_t[row]}
+        if angles is not None:
+            record["angle"] = angles[row]
         if drawn.d is not None:
             record["d"] = [float(f"{value:.6g}") for value in drawn.d[:, row]]
         records.append(record)

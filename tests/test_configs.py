@@ -1,10 +1,14 @@
 """Every file in configs/ composes, and what it describes can be built."""
 
+import dataclasses
+
 import pytest
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from create_sample_identity_contexts import CHEAP_SOURCES
+from diffusion.drawn_faces import DetectionSettings, DrawnFacesSettings
 from utils.config import CONFIG_DIR, instantiate
 
 PRIMARY = sorted(path.stem for path in CONFIG_DIR.glob("*_config.yaml"))
@@ -31,7 +35,7 @@ def test_every_entry_point_composes(compose, name):
 
 def test_every_group_is_used_by_a_test_below():
     tested = {"model", "diffusion", "sampler", "dataset", "optimizer", "lr_scheduler", "ema", "autoencoder", "backbone"}
-    assert {path.parent.name for path in GROUPS} == tested | {"head"}
+    assert {path.parent.name for path in GROUPS} == tested | {"head", "source"}
 
 
 @pytest.mark.parametrize("name", group("model"))
@@ -52,6 +56,16 @@ def test_schedules(compose, name):
 def test_samplers(compose, name):
     cfg = compose("sample_ddim_config", f"sampler={name}", "sampling.sample_config.cfg_scale=1.5")
     assert instantiate(cfg.sampler, "sampler").keywords["guidance_scale"] == 1.5
+
+
+@pytest.mark.parametrize("name", group("source"))
+def test_sources_of_contexts_have_the_keys_of_their_settings(compose, name):
+    classes = {source: cls for source, (cls, _) in CHEAP_SOURCES.items()} | {"two_stage": DrawnFacesSettings}
+    section = compose("create_contexts_config", f"source={name}").source
+    assert section.name == name
+    assert set(section) - {"name"} == {field.name for field in dataclasses.fields(classes[name])}
+    if name == "two_stage":
+        assert set(section.align) == {field.name for field in dataclasses.fields(DetectionSettings)}
 
 
 @pytest.mark.parametrize("name", group("dataset"))
