@@ -5,6 +5,7 @@ An unconditional model draws faces, a recogniser embeds them (diffusion.drawn_fa
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from diffusion.drawn_faces import DetectionSettings, DrawnFaces, DrawnFacesSettings, Embedder
@@ -33,6 +34,8 @@ def drawn_faces_source(cfg: DrawnFacesSettings, sampler: functools.partial, seed
     check_precision(cfg.precision)
     detection = None
     if cfg.align not in (None, False):
+        if not isinstance(cfg.align, Mapping):
+            raise UserError(f"source.align: {cfg.align!r}; null, or a section as in configs/source/two_stage.yaml")
         detection = settings(cfg.align, DetectionSettings, "source.align")
         detection.check()
     embedder = load_embedder(cfg.recogniser, flip=cfg.flip, device=cfg.device)

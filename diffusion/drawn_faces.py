@@ -202,10 +202,9 @@ class DrawnFaces:
         if file.is_file():
             was = json.loads(file.read_text(encoding="utf-8"))
             for key in sorted({*was, *now}):
-                if was.get(key) != now.get(key):
-                    told = (
-                        "another file than before" if key in self.inputs else f"{now.get(key)}, before {was.get(key)}"
-                    )
+                before, after = was.get(key), now.get(key)
+                if before != after:
+                    told = "another file than before" if key in self.inputs else f"{after}, before {before}"
                     raise UserError(
                         f"{key}: {told}; {self.folder.parent} holds faces drawn with it: give another output_dir, or "
                         "delete it"

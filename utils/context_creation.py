@@ -87,10 +87,8 @@ def _finished(settings: ContextSettings, source: ContextSource, inputs: dict[str
         if (folder / "contexts.npy").exists() and not (folder / ORIGINS).exists():
             raise UserError(f"output_dir: {folder} holds contexts that were not made here; give a new folder")
         return None
-    known, description = (
-        json.loads((folder / RECORD).read_text(encoding="utf-8")),
-        _description(settings, source, inputs),
-    )
+    known = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    description = _description(settings, source, inputs)
     for part in ("settings", "inputs"):
         for key in sorted({*description[part], *known[part]}):
             was, now = known[part].get(key), description[part].get(key)
