@@ -1,28 +1,25 @@
 """What draws faces, rebuilt from files: network, noise schedule and decoder.
 
-A checkpoint of this project carries its configuration: model and schedule come from the file itself. A published file
-is a bare state dict, with its schedule buffers beside the network's keys: the model's configuration must be named.
+What files hold a network is said in `diffusion.model_file`; here one is chosen and joined with its decoder.
 Legend: C channels, h w height and width of what is diffused.
 """
 
-import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from diffusion.first_stage import FirstStage
+from diffusion.model_file import model_of_network_file, model_of_record
 from diffusion.schedule import NoiseSchedule
 from models.autoencoder.vqgan import load_decoder
 from models.diffusion.unet import ConditionalUNet
-from utils.checkpoint import CheckpointFolder, load_network_file, load_torch, read_metadata, strict_load
-from utils.config import UserError, existing_file, instantiate
+from utils.checkpoint import CheckpointFolder, read_content, weights_sha256
+from utils.config import UserError, existing_file
+from utils.networks import recognise
 
-PUBLISHED_LATENT_SHAPE = (3, 32, 32)  # 128 x 128 images through the VQ-f4 autoencoder
 _PUBLISHED_FILE = re.compile(r"^ema_averaged_model(?:_(\d+))?\.ckpt$")  # as IDiff-Face and ADMIS name theirs
 
 
@@ -68,86 +65,64 @@ def load_generator(
 ) -> FaceGenerator:
     """Rebuild what `choice` names, strictly, on the CPU.
 
-    The two configuration files serve published checkpoints only. `latent_diffusion` and `latent_shape` None: as the
-    checkpoint says; a published one diffuses latents of 3 x 32 x 32. Raises UserError where a file is missing, does not
-    fit, or comes from another autoencoder than the decoder.
+    The two configuration files serve published checkpoints that do not show everything. `latent_diffusion` and
+    `latent_shape` None: as the checkpoint says; a published one diffuses latents of 3 x 32 x 32. Raises UserError where
+    a file is missing, does not fit, or comes from another autoencoder than the decoder.
     """
-    path, record = _read_checkpoint(choice)
-    if record is not None:
-        config = record["config"]
-        unet = instantiate(config["model"], "model")
-        schedule = instantiate(config["diffusion"], "diffusion")
-        weights = record["model" if choice.use_non_ema else "ema"]
-        saved_shape, saved_scale = record["latent_shape"], float(record["latent_scale"])
-        context_scale, step = float(record["context_scale"]), int(record["step"])
-        in_latents = bool(config.get("latent_diffusion", True))
+    path, content, metadata = _read_checkpoint(choice)
+    if isinstance(content, dict) and content.get("kind") == "diffusion":
         for key, value in (("model_cfg_path", model_cfg_path), ("diffusion_cfg_path", diffusion_cfg_path)):
             if value is not None:
                 raise UserError(f"{key}: {path} carries its own configuration; leave {key} out")
-        if latent_diffusion not in (None, in_latents):
-            raise UserError(f"latent_diffusion: {latent_diffusion}, but {path} was trained with {in_latents}")
+        model = model_of_record(path, content, choice.use_non_ema)
     else:
         if choice.use_non_ema:
             raise UserError(f"checkpoint.use_non_ema: {path} holds one set of weights; leave it out")
-        weights, betas = load_network_file(path)
-        unet = _from_file(
-            model_cfg_path, "model_cfg_path", f"{path} carries no configuration; name its file in configs/model"
-        )
-        if betas is not None:
-            schedule = NoiseSchedule.from_betas(betas)
-        else:
-            schedule = _from_file(
-                diffusion_cfg_path, "diffusion_cfg_path", f"{path} holds no betas; name a file in configs/diffusion"
-            )
-        saved_shape, saved_scale = PUBLISHED_LATENT_SHAPE, None
-        context_scale, step = 1.0, None
-        in_latents = latent_diffusion is not False
-    strict_load(unet, weights, str(path))
+        file = recognise(path, content, metadata)
+        model = model_of_network_file(file, model_cfg_path=model_cfg_path, diffusion_cfg_path=diffusion_cfg_path)
+    unet, schedule = model.unet, model.schedule
+    if model.latent_diffusion is not None and latent_diffusion not in (None, model.latent_diffusion):
+        raise UserError(f"latent_diffusion: {latent_diffusion}, but {path} was trained with {model.latent_diffusion}")
+    in_latents = (latent_diffusion is not False) if model.latent_diffusion is None else model.latent_diffusion
 
     first_stage = FirstStage()
     if in_latents:
         hint = "the decoder of the autoencoder that the model was trained with (vq_decoder.safetensors)"
         decoder = load_decoder(existing_file(decoder_path, "VQDecoder_path", hint))
         first_stage = FirstStage(decoder=decoder, latent_scale=decoder.latent_scale)
-        if saved_scale is not None and abs(decoder.latent_scale - saved_scale) > 1e-4 * saved_scale:
+        trained = model.latent_scale
+        if trained is not None and abs(decoder.latent_scale - trained) > 1e-4 * trained:
             raise UserError(
                 f"VQDecoder_path: {decoder_path} has latent_scale {decoder.latent_scale:.6g}, but {path} was trained "
-                f"with {saved_scale:.6g}; give the decoder that belongs to it"
+                f"with {trained:.6g}; give the decoder that belongs to it"
             )
-    shape = tuple(int(size) for size in (latent_shape or saved_shape))
+    shape = tuple(int(size) for size in (latent_shape or model.latent_shape))
     divisor = unet.downscaling
     if len(shape) != 3 or shape[0] != unet.input_channels or any(size < 1 or size % divisor for size in shape[1:]):
         raise UserError(
             f"latent_shape: {list(shape)}; this model takes [{unet.input_channels}, h, w], multiples of {divisor}"
         )
-    digest = hashlib.sha256()
     decoder_weights = first_stage.decoder.state_dict() if first_stage.decoder is not None else {}
-    for tensors in (weights, {"betas": schedule.betas}, decoder_weights):
-        for name, tensor in sorted(tensors.items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return FaceGenerator(
         unet=unet.eval().requires_grad_(False),
         schedule=schedule,
         first_stage=first_stage,
         latent_shape=shape,
-        context_scale=context_scale,
-        step=step,
-        is_published=record is None,
-        weights_sha256=digest.hexdigest(),
+        context_scale=model.context_scale,
+        step=model.step,
+        is_published=model.is_published,
+        weights_sha256=weights_sha256(unet.state_dict(), {"betas": schedule.betas}, decoder_weights),
     )
 
 
-def _read_checkpoint(choice: CheckpointChoice) -> tuple[Path, Mapping[str, Any] | None]:
-    """The file that `choice` names, and what it holds if main.py wrote it; None for a published one.
-
-    In a folder the file of `global_step`, or the newest that can be read.
-    """
+def _read_checkpoint(choice: CheckpointChoice) -> tuple[Path, Any, dict[str, Any]]:
+    """The file that `choice` names, what it holds and its metadata; in a folder that of `global_step`, or the newest
+    that can be read."""
     path = Path(choice.path)
     if path.is_file():
         if choice.global_step is not None:
             raise UserError(f"checkpoint.global_step: {path} is one file; give a run folder, or leave it out")
-        return path, _as_record(path, None if path.suffix == ".safetensors" else load_torch(path))
+        return path, *read_content(path)
     if not path.is_dir():
         raise UserError(
             f"checkpoint.path: no such file or folder: {path}; give a run folder of main.py or a checkpoint"
@@ -155,8 +130,7 @@ def _read_checkpoint(choice: CheckpointChoice) -> tuple[Path, Mapping[str, Any] 
     folder = CheckpointFolder(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     found = {int(folder.PATTERN.match(file.name)[1]): file for file in folder.paths()}
     if found and choice.global_step is None:
-        path, state = folder.load_newest()
-        return path, _as_record(path, state)
+        return *folder.load_newest(), {}
     if not found:
         matches = [(match, file) for file in path.iterdir() if (match := _PUBLISHED_FILE.match(file.name))]
         found = {int(match[1] or -1): file for match, file in matches}  # the one without a number comes first
@@ -168,18 +142,4 @@ def _read_checkpoint(choice: CheckpointChoice) -> tuple[Path, Mapping[str, Any] 
     if step not in found:
         steps = ", ".join(str(step) for step in sorted(found))
         raise UserError(f"checkpoint.global_step: no checkpoint of step {step} in {path}; there are {steps}")
-    return found[step], _as_record(found[step], load_torch(found[step]))
-
-
-def _as_record(path: Path, content: Any) -> Mapping[str, Any] | None:
-    """`content` of a file if it is a checkpoint of main.py, None if it may be a published one; UserError otherwise."""
-    described = content if isinstance(content, dict) else read_metadata(path)
-    kind = described.get("kind")
-    if kind not in (None, "diffusion"):
-        raise UserError(f"checkpoint.path: {path} is a file of kind {kind!r}; give a checkpoint of main.py")
-    return content if kind is not None else None
-
-
-def _from_file(path: str | None, key: str, hint: str) -> Any:
-    """Build what the YAML file at `path` describes."""
-    return instantiate(OmegaConf.load(existing_file(path, key, hint)), key)
+    return found[step], *read_content(found[step])

@@ -167,12 +167,12 @@ def test_published_files_load_strictly(tmp_path):
 
 def test_wrong_files_are_named(tmp_path):
     encoder_path, _ = save_autoencoder(VQModel(TINY, n_embed=16, embed_dim=3), tmp_path, latent_scale=1.0)
-    with pytest.raises(UserError, match="holds a vq_encoder, not a vq_decoder"):
+    with pytest.raises(UserError, match="looks like a VQ encoder written by this project, a VQ decoder is wanted"):
         load_decoder(encoder_path)
     with pytest.raises(UserError, match="no such autoencoder file"):
         load_encoder(tmp_path / "missing.safetensors")
     save_safetensors({"weight": torch.zeros(1)}, tmp_path / "other.safetensors", {"kind": "recognition_backbone"})
-    with pytest.raises(UserError, match="holds a recognition_backbone"):
+    with pytest.raises(UserError, match="looks like a recognition backbone .*, a VQ encoder is wanted"):
         load_encoder(tmp_path / "other.safetensors")
 
 

@@ -182,10 +182,24 @@ class _Placeholder(dict):
         """Attributes are dropped."""
 
 
+def check_archive(path: str | Path) -> None:
+    """Raise UserError for a zip archive of torch.save with compressed members: torch writes none, and a small file
+    could unfold into more than the memory holds. Any other file passes."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            _check_stored(archive, str(path))
+
+
+def _check_stored(archive: zipfile.ZipFile, name: str) -> None:
+    if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+        raise UserError(f"{name}: a torch archive with compressed parts, which torch.save never writes; refused")
+
+
 class _TorchArchive:
     """The zip file of torch.save: one pickle, and one file of raw numbers a storage."""
 
     def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
+        _check_stored(archive, name)
         self.archive = archive
         self.name = name
         self.folder = next(item for item in archive.namelist() if item.endswith("data.pkl"))[: -len("data.pkl")]

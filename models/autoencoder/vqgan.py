@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from models.autoencoder.modules import Decoder, Encoder
 from models.autoencoder.quantization import VectorQuantizer
-from utils.checkpoint import load_state_dict_file, read_metadata, save_safetensors, strict_load
+from utils.checkpoint import save_safetensors, strict_load
 from utils.config import UserError
+from utils.networks import AUTOENCODER, DECODER, ENCODER, open_network_file
+from utils.networks.autoencoder import DECODER_PARTS, ENCODER_PARTS
 
 # The first stage `ffhq256` of latent diffusion, which the published files hold without saying so.
 FFHQ256_DDCONFIG: dict[str, Any] = {
@@ -38,8 +40,6 @@ FFHQ256_EMBED_DIM = 3
 
 ENCODER_FILE = "vq_encoder.safetensors"
 DECODER_FILE = "vq_decoder.safetensors"
-_ENCODER_PARTS = ("encoder.", "quant_conv.")
-_DECODER_PARTS = ("decoder.", "quantize.", "post_quant_conv.")
 
 
 class VQEncoder(nn.Module):
@@ -133,7 +133,7 @@ def save_autoencoder(model: VQModel, output_dir: str | Path, latent_scale: float
     """
     state = model.state_dict()
     paths = []
-    halves = (("vq_encoder", ENCODER_FILE, _ENCODER_PARTS), ("vq_decoder", DECODER_FILE, _DECODER_PARTS))
+    halves = ((ENCODER, ENCODER_FILE, ENCODER_PARTS), (DECODER, DECODER_FILE, DECODER_PARTS))
     for kind, name, parts in halves:
         metadata: dict[str, Any] = {
             "kind": kind,
@@ -141,7 +141,7 @@ def save_autoencoder(model: VQModel, output_dir: str | Path, latent_scale: float
             "embed_dim": model.embed_dim,
             "latent_scale": float(latent_scale),
         }
-        if kind == "vq_decoder":
+        if kind == DECODER:
             metadata["n_embed"] = model.n_embed
         tensors = {key: tensor for key, tensor in state.items() if key.startswith(parts)}
         paths.append(save_safetensors(tensors, Path(output_dir) / name, metadata))
@@ -151,36 +151,33 @@ def save_autoencoder(model: VQModel, output_dir: str | Path, latent_scale: float
 def load_encoder(path: str | Path) -> VQEncoder:
     """The encoder in `path`, in eval mode and without gradients.
 
-    Files written here say what they are; any other file is taken for the published `ffhq256` encoder. UserError when
-    it does not fit.
+    Files written here say what they are. Of any other file the layout is read off the shapes: the published encoder, or
+    a whole checkpoint of latent diffusion (`first_stage_model.`). UserError when it does not fit.
     """
-    metadata = _metadata(path, "vq_encoder")
-    encoder = VQEncoder(metadata.get("ddconfig", FFHQ256_DDCONFIG), metadata.get("embed_dim", FFHQ256_EMBED_DIM))
-    return _filled(encoder, path, metadata)
+    return _load(path, ENCODER, VQEncoder, ("ddconfig", "embed_dim"), ENCODER_PARTS)
 
 
 def load_decoder(path: str | Path) -> VQDecoder:
     """The decoder in `path`, in eval mode and without gradients; see `load_encoder`."""
-    metadata = _metadata(path, "vq_decoder")
-    decoder = VQDecoder(
-        metadata.get("ddconfig", FFHQ256_DDCONFIG),
-        metadata.get("n_embed", FFHQ256_N_EMBED),
-        metadata.get("embed_dim", FFHQ256_EMBED_DIM),
-    )
-    return _filled(decoder, path, metadata)
+    return _load(path, DECODER, VQDecoder, ("ddconfig", "n_embed", "embed_dim"), DECODER_PARTS)
 
 
-def _metadata(path: str | Path, kind: str) -> dict[str, Any]:
+def _load(path: str | Path, kind: str, build: type, arguments: tuple[str, ...], parts: tuple[str, ...]) -> Any:
+    """Build the half of `kind` as the file says or shows, and fill it with the keys that begin with `parts`."""
     if not Path(path).is_file():
         hint = f"train_autoencoder.py writes {ENCODER_FILE} and {DECODER_FILE}"
         raise UserError(f"no such autoencoder file: {path}; {hint}")
-    metadata = read_metadata(path)
-    if metadata.get("kind", kind) != kind:
-        raise UserError(f"{path}: holds a {metadata['kind']}, not a {kind}")
-    return metadata
-
-
-def _filled(module: VQEncoder | VQDecoder, path: str | Path, metadata: Mapping[str, Any]) -> Any:
-    strict_load(module, load_state_dict_file(path), str(path))
-    module.latent_scale = float(metadata.get("latent_scale", 1.0))
+    file = open_network_file(path)
+    if file.kind not in (kind, AUTOENCODER):
+        raise file.mismatch(kind)
+    try:
+        module = build(**{name: file.config[name] for name in arguments if name in file.config})
+    except ValueError as error:  # widths that no such autoencoder can have
+        raise UserError(f"{path}: looks like {file.looks_like}, but {error}") from error
+    state = file.state
+    if file.kind == AUTOENCODER:  # leave the other half aside
+        other = tuple(part for part in (*ENCODER_PARTS, *DECODER_PARTS) if part not in parts)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(other)}
+    strict_load(module, state, str(path), file.looks_like)
+    module.latent_scale = float(file.metadata.get("latent_scale", 1.0))
     return module.eval().requires_grad_(False)

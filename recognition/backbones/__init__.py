@@ -1,7 +1,7 @@
 """Recognition backbones: the networks that turn an aligned face into an identity embedding.
 
-`build_backbone("ir_50")` makes one by name, `load_backbone(path)` rebuilds one from a file this project wrote and
-`load_published_backbone(path, "ir_50")` reads the state dict of a published one.
+`build_backbone("ir_50")` makes one by name, `load_backbone(path)` rebuilds one from a file, this project's or a
+published one.
 Input: float32 (B, 3, S, S) RGB in [-1, 1], S = `backbone.input_size`; output: (B, `backbone.num_features`), any length.
 """
 
@@ -11,12 +11,13 @@ from pathlib import Path
 
 from torch import nn
 
-from recognition.backbones.ir import IR_DEPTHS, IRBackbone
+from recognition.backbones.adapter import InputAdapter
+from recognition.backbones.ir import BOTTLENECK_FROM, IR_DEPTHS, IRBackbone
 from recognition.backbones.iresnet import IRESNET_DEPTHS, IResNet
-from utils.checkpoint import load_safetensors, load_state_dict_file, save_safetensors, strict_load
+from utils.checkpoint import save_safetensors, strict_load
 from utils.config import UserError
+from utils.networks import BACKBONE, NetworkFile, open_network_file
 
-KIND = "recognition_backbone"
 BACKBONES = (
     *(f"ir_{depth}" for depth in IR_DEPTHS),
     *(f"ir_se_{depth}" for depth in IR_DEPTHS),
@@ -34,6 +35,8 @@ def build_backbone(
     dropout: float | None = None,
     stem_stride: int = 1,
     affine_output: bool | None = None,
+    inner_norm: bool = True,
+    bottleneck: bool | None = None,
 ) -> nn.Module:
     """Build a backbone by name, with fresh weights.
 
@@ -44,7 +47,10 @@ def build_backbone(
         width: multiplier of every channel count (1: as published; less: small models for the CPU).
         dropout: probability before the last linear layer; None: 0.4 for IR, 0 for iresnet, as published.
         stem_stride: stride of the first convolution; 1 as published, 2 quarters the cost.
-        affine_output: whether the last batch norm is affine; None: as its family. Some published IR files want True.
+        affine_output: whether the last batch norm is affine; None: as its family. face.evoLVe's IR files want True.
+        inner_norm: whether an IR unit has a batch norm between its first convolution and PReLU; face.evoLVe's and
+            CurricularFace's have none.
+        bottleneck: whether the IR units are bottlenecks; None: from 152 layers on, as TFace's and not face.evoLVe's.
 
     Raises:
         UserError: unknown name, or a size the network cannot take. The keys are those of the `backbone` config group.
@@ -76,59 +82,70 @@ def build_backbone(
             raise UserError(
                 f"backbone.affine_output: {affine_output}; it belongs to the IR networks, {name} wants null"
             )
+        if bottleneck is not None or not inner_norm:
+            raise UserError(f"backbone.inner_norm, backbone.bottleneck: they belong to the IR networks, not to {name}")
         dropout = 0.0 if dropout is None else dropout
         backbone: nn.Module = IResNet(int(name.removeprefix("iresnet")), dropout=dropout, **shape)
     else:
         dropout = 0.4 if dropout is None else dropout
+        depth = int(name.rsplit("_", 1)[1])
         backbone = IRBackbone(
-            int(name.rsplit("_", 1)[1]),
+            depth,
             squeeze_excite=name.startswith("ir_se_"),
             dropout=dropout,
             affine_output=bool(affine_output),
+            inner_norm=inner_norm,
+            bottleneck=depth >= BOTTLENECK_FROM if bottleneck is None else bottleneck,
             **shape,
         )
     backbone.input_size = input_size
     backbone.num_features = num_features
-    backbone.config = {"name": name, **shape, "dropout": dropout, "affine_output": affine_output}
+    backbone.config = {
+        "name": name,
+        **shape,
+        "dropout": dropout,
+        "affine_output": affine_output,
+        "inner_norm": inner_norm,
+        "bottleneck": bottleneck,
+    }
     return backbone
 
 
-def save_backbone(backbone: nn.Module, path: str | Path) -> None:
-    """Write weights and configuration as safetensors; `load_backbone` needs nothing else."""
-    save_safetensors(backbone.state_dict(), path, {"kind": KIND, "config": backbone.config})
+def save_backbone(backbone: nn.Module, path: str | Path, channel_order: str | None = None) -> None:
+    """Write weights and configuration as safetensors; `load_backbone` needs nothing else.
+
+    `channel_order`: of the images that the network was trained on, RGB or BGR; None: nobody knows.
+    """
+    metadata = {"kind": BACKBONE, "config": backbone.config}
+    if channel_order is not None:
+        metadata["channel_order"] = channel_order
+    save_safetensors(backbone.state_dict(), path, metadata)
 
 
 def load_backbone(path: str | Path) -> nn.Module:
-    """Rebuild a backbone from a file of `save_backbone`, in eval mode.
+    """The backbone in a file, in eval mode; it takes RGB, whatever it was trained on.
+
+    Reads what `save_backbone` wrote, and the published files of TFace, face.evoLVe, CurricularFace, AdaFace,
+    insightface and ElasticFace, whose network is recognised from keys and shapes (see `utils.networks`).
 
     Raises:
         UserError: no such file, a file of another kind, or weights that do not fit.
     """
-    tensors, metadata = load_safetensors(path)
-    if metadata.get("kind") != KIND:
-        raise UserError(f"{path}: holds {metadata.get('kind', 'no description')!r}; a file of kind {KIND!r} is wanted")
-    backbone = build_backbone(**metadata["config"])
-    strict_load(backbone, tensors, str(path))
-    return backbone.eval()
+    file = open_network_file(path)
+    backbone = backbone_of(file)
+    return InputAdapter(backbone, "BGR") if file.channel_order == "BGR" else backbone
 
 
-def load_published_backbone(path: str | Path, name: str, *, input_size: int = 112) -> nn.Module:
-    """Read a published state dict (TFace, insightface, ElasticFace: `.pth`) into the backbone `name`, in eval mode.
-
-    The width of the embedding and whether the last norm is affine are read off the file.
-
-    Raises:
-        UserError: no such file, or keys and shapes that are not those of `name`.
-    """
-    state = load_state_dict_file(path)
-    is_iresnet = name.startswith("iresnet")
-    last_linear = state.get("fc.weight" if is_iresnet else "output_layer.3.weight")
-    num_features = 512 if last_linear is None else last_linear.shape[0]
-    affine_output = True if not is_iresnet and "output_layer.4.weight" in state else None
-    backbone = build_backbone(name, input_size=input_size, num_features=num_features, affine_output=affine_output)
+def backbone_of(file: NetworkFile) -> nn.Module:
+    """The network in a recognised file as it was trained, in eval mode. Raises UserError as `load_backbone`."""
+    if file.kind != BACKBONE:
+        raise file.mismatch(BACKBONE)
+    if file.config["name"] not in BACKBONES:
+        raise UserError(f"{file.path}: looks like {file.looks_like}; there are {', '.join(BACKBONES)}")
+    backbone = build_backbone(**file.config)
     # Old files lack the counter, which only a cumulative batch norm would read
-    state = {**{k: v for k, v in backbone.state_dict().items() if k.endswith("num_batches_tracked")}, **state}
-    strict_load(backbone, state, str(path))
+    state = {**{k: v for k, v in backbone.state_dict().items() if k.endswith("num_batches_tracked")}, **file.state}
+    strict_load(backbone, state, str(file.path), file.looks_like)
     return backbone.eval()
 
 
@@ -139,10 +156,10 @@ def num_parameters(backbone: nn.Module) -> int:
 
 __all__ = [
     "BACKBONES",
-    "KIND",
+    "InputAdapter",
+    "backbone_of",
     "build_backbone",
     "load_backbone",
-    "load_published_backbone",
     "num_parameters",
     "save_backbone",
 ]

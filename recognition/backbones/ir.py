@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recognition.backbones.layers import SqueezeExcite, init_weights, scaled
 
-# Units per stage. From 152 on the units are bottlenecks and four times wider.
+# Units per stage. From 152 on TFace's units are bottlenecks and four times wider.
 IR_DEPTHS: dict[int, tuple[int, int, int, int]] = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
@@ -25,7 +25,14 @@ class IRUnit(nn.Module):
     """Residual unit: x (B, C_in, H, W) -> (B, C_out, H/stride, W/stride)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, *, bottleneck: bool, squeeze_excite: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        *,
+        bottleneck: bool,
+        squeeze_excite: bool,
+        inner_norm: bool = True,
     ) -> None:
         super().__init__()
         if in_channels != out_channels:
@@ -48,10 +55,11 @@ class IRUnit(nn.Module):
                 nn.BatchNorm2d(out_channels),
             )
         else:
+            inner = [nn.BatchNorm2d(out_channels)] if inner_norm else []
             self.res_layer = nn.Sequential(
                 nn.BatchNorm2d(in_channels),
                 nn.Conv2d(in_channels, out_channels, 3, 1, 1, bias=False),
-                nn.BatchNorm2d(out_channels),
+                *inner,
                 nn.PReLU(out_channels),
                 nn.Conv2d(out_channels, out_channels, 3, stride, 1, bias=False),
                 nn.BatchNorm2d(out_channels),
@@ -77,9 +85,10 @@ class IRBackbone(nn.Module):
         dropout: float,
         stem_stride: int,
         affine_output: bool,
+        inner_norm: bool,
+        bottleneck: bool,
     ) -> None:
         super().__init__()
-        bottleneck = depth >= BOTTLENECK_FROM
         channels = scaled(64, width)
         self.input_layer = nn.Sequential(
             nn.Conv2d(3, channels, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(channels), nn.PReLU(channels)
@@ -90,7 +99,14 @@ class IRBackbone(nn.Module):
             for unit in range(num_units):
                 stride = 2 if unit == 0 else 1
                 units.append(
-                    IRUnit(channels, out_channels, stride, bottleneck=bottleneck, squeeze_excite=squeeze_excite)
+                    IRUnit(
+                        channels,
+                        out_channels,
+                        stride,
+                        bottleneck=bottleneck,
+                        squeeze_excite=squeeze_excite,
+                        inner_norm=inner_norm,
+                    )
                 )
                 channels = out_channels
         self.body = nn.Sequential(*units)

@@ -1,0 +1,50 @@
+"""Files of weights: written whole or not at all, read without executing anything in them, checked key by key.
+
+What network a file holds is told by `utils.networks`; `python -m utils.checkpoint` shows and converts files.
+"""
+
+from utils.checkpoint.files import (
+    load_safetensors,
+    load_torch,
+    read_content,
+    read_metadata,
+    save_safetensors,
+    save_torch,
+    write_atomically,
+    write_json,
+    write_text,
+)
+from utils.checkpoint.folder import CheckpointFolder
+from utils.checkpoint.state_dict import (
+    PREFIXES,
+    SCHEDULE_BUFFERS,
+    check_finite,
+    find_state_dict,
+    load_network_file,
+    load_state_dict_file,
+    split_schedule,
+    strict_load,
+    weights_sha256,
+)
+
+__all__ = [
+    "PREFIXES",
+    "SCHEDULE_BUFFERS",
+    "CheckpointFolder",
+    "check_finite",
+    "find_state_dict",
+    "load_network_file",
+    "load_safetensors",
+    "load_state_dict_file",
+    "load_torch",
+    "read_content",
+    "read_metadata",
+    "save_safetensors",
+    "save_torch",
+    "split_schedule",
+    "strict_load",
+    "weights_sha256",
+    "write_atomically",
+    "write_json",
+    "write_text",
+]
