@@ -25,7 +25,7 @@ from diffusion.schedule import NoiseSchedule
 from diffusion.training_batches import Batch, training_batches
 from diffusion.training_settings import TrainingSettings
 from utils import distributed
-from utils.checkpoint import CheckpointFolder, load_torch, strict_load
+from utils.checkpoint import CheckpointFolder, read_content, strict_load
 from utils.config import UserError
 from utils.curves import CURVES, plot_metrics
 from utils.data.face_dataset import FaceDataset
@@ -37,6 +37,7 @@ from utils.images import write_image
 from utils.interruption import StopRequest
 from utils.logging import ScalarLogger, get_logger
 from utils.metrics_file import MetricsFile, report
+from utils.networks import recognise
 from utils.precision import autocast, check_precision, warn_of_emulation
 
 log = get_logger(__name__)
@@ -79,7 +80,14 @@ def train(
     state = folder.load_latest() if cfg.checkpoint.restore else None
     goes_on = state is not None
     if state is None and cfg.checkpoint.path is not None:
-        state = load_torch(cfg.checkpoint.path)
+        content, metadata = read_content(cfg.checkpoint.path)
+        if isinstance(content, dict) and content.get("kind") == "diffusion":
+            state = content
+        else:  # weights alone, of a published or converted file
+            file = recognise(Path(cfg.checkpoint.path), content, metadata)
+            for network in (unet, ema.model):
+                strict_load(network, file.state, f"training.checkpoint.path: {file.path}", file.looks_like)
+            log.info("starting from the weights in %s (%s)", file.path, file.looks_like)
     if state is not None:
         first_step = _restore(state, unet, ema, optimizer, lr_scheduler, scaler)
         losses = [torch.tensor(loss, device=device) for loss in state.get("losses", [])]
@@ -276,7 +284,7 @@ def _check_same_latents(
 def _restore(state: dict[str, Any], unet: nn.Module, ema: EMA, optimizer: Any, lr_scheduler: Any, scaler: Any) -> int:
     """Put a checkpoint's state into the objects; the number of steps done."""
     if state.get("kind") != "diffusion":
-        raise UserError(f"training.checkpoint.path: a checkpoint of kind {state.get('kind')!r}, not 'diffusion'")
+        raise UserError(f"output_dir: its checkpoints are of kind {state.get('kind')!r}; give another folder")
     strict_load(unet, state["model"], "the checkpoint in output_dir (or training.checkpoint.path)")
     ema.load_state_dict({"num_updates": state["ema_updates"], "model": state["ema"]})
     optimizer.load_state_dict(state["optimizer"])

@@ -52,7 +52,7 @@ def embed_images(
         raise ValueError(f"batch_size: {batch_size}; it must be at least 1")
     if device is not None:
         backbone.to(device)
-    device = next(backbone.parameters()).device
+    device = next(backbone.parameters(), torch.empty(0)).device  # an ONNX graph has no parameters and takes the CPU's
     size = backbone.input_size
     embeddings = np.empty((len(images), backbone.num_features), np.float32)
 

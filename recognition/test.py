@@ -20,7 +20,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from recognition.backbones import load_backbone, load_published_backbone
+from recognition.backbones import load_backbone
 from recognition.embedding import embed_images
 from recognition.verification import FAR_LEVELS, evaluate_pairs, plot_roc
 from utils import distributed
@@ -93,20 +93,16 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 
 
 def load_model(checkpoint: str | None, backbone_cfg: DictConfig | None, seed: int) -> nn.Module:
-    """The backbone to measure: from a file that carries its configuration, from a published one, or random weights."""
+    """The backbone to measure: from a file, whose network is recognised, or the one of `backbone=` with random weights."""
     if checkpoint is not None:
         path = existing_file(checkpoint, "checkpoint", "null measures random weights")
-        if path.suffix == ".safetensors":
-            if backbone_cfg is not None:
-                raise UserError(f"backbone: {path} carries its own configuration; leave backbone= out")
-            return load_backbone(path)
+        if backbone_cfg is not None:
+            raise UserError(f"backbone: {path} shows which network it is; leave backbone= out")
+        return load_backbone(path)
     if backbone_cfg is None:
-        raise UserError("backbone: not set; say what the network is when the checkpoint does not, as in backbone=ir_50")
+        raise UserError("backbone: not set; say which network gets random weights, as in backbone=ir_50")
     torch.manual_seed(seed_for(seed, "weights"))
-    backbone = instantiate(backbone_cfg, "backbone")
-    if checkpoint is None:
-        return backbone.eval()
-    return load_published_backbone(checkpoint, backbone.config["name"], input_size=backbone.input_size)
+    return instantiate(backbone_cfg, "backbone").eval()
 
 
 def open_pairs(options: TestSettings) -> VerificationPairs:

@@ -172,7 +172,7 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(UserError, match="no such autoencoder file"):
         load_encoder(tmp_path / "missing.safetensors")
     save_safetensors({"weight": torch.zeros(1)}, tmp_path / "other.safetensors", {"kind": "recognition_backbone"})
-    with pytest.raises(UserError, match="looks like a recognition backbone .*, a VQ encoder is wanted"):
+    with pytest.raises(UserError, match=r"looks like a recognition backbone .*, a VQ encoder is wanted"):
         load_encoder(tmp_path / "other.safetensors")
 
 

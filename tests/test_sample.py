@@ -362,7 +362,10 @@ def test_pixel_space_needs_no_decoder(files, tmp_path):
         ("sampling.calibration.target_t=300", "sampling.calibration.target_t: 300"),
         ("sampler=three_stage", "two_stage"),
         ("sampler.num_steps=0", "num_steps: 0"),
-        ("checkpoint.path={recogniser}", "is a file of kind 'recognition_backbone'; give a checkpoint of main.py"),
+        (
+            "checkpoint.path={recogniser}",
+            "this project, a diffusion UNet is wanted",
+        ),
         ("sampler.indexing=other", "sampler.indexing: 'other'; give one of exact, published"),
         ("model_cfg_path=x.yaml", "carries its own configuration"),
     ],
