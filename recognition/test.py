@@ -93,7 +93,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 
 
 def load_model(checkpoint: str | None, backbone_cfg: DictConfig | None, seed: int) -> nn.Module:
-    """The backbone to measure: from a file, whose network is recognised, or the one of `backbone=` with random weights."""
+    """The backbone to measure: from a file, whose network is recognised, or `backbone_cfg` with random weights."""
     if checkpoint is not None:
         path = existing_file(checkpoint, "checkpoint", "null measures random weights")
         if backbone_cfg is not None:

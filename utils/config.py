@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +34,8 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 # Keys that the READMEs of the published projects spell wrongly, each with the key that works.
 KNOWN_TYPOS = {"VQDncoder_path": "VQDecoder_path", "sample_root": "samples_root"}
+# Keys of this project that have another name now, where the new one is there
+RENAMED = {"backbone": "embedder"}
 
 T = TypeVar("T")
 
@@ -144,6 +147,8 @@ def _describe_composition_error(error: Exception, config_name: str) -> str:
         return f"{key}: unknown key{_suggestion(key, _known_keys(config_name))}"
     if "Could not load 'hydra/launcher/submitit" in text:
         return "hydra/launcher: not installed; pip install hydra-submitit-launcher brings the launchers for Slurm"
+    if group := re.match(r"Could not override '([\w./]+)'", text):
+        return f"{group[1]}: unknown key{_suggestion(group[1], _known_keys(config_name))}"
     if "Available options" in text:
         head, _, options = " ".join(lines).partition("Available options in")
         group, _, names = options.partition(":")
@@ -179,6 +184,8 @@ def _suggestion(key: str, known: Iterable[str]) -> str:
     section, _, name = key.rpartition(".")
     if name in KNOWN_TYPOS:
         return f"; the key is {section + '.' if section else ''}{KNOWN_TYPOS[name]}"
+    if RENAMED.get(name) in known:
+        return f"; the key is {RENAMED[name]}"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     same_name = [k for k in known if k.rpartition(".")[2] == name]
     if close or same_name:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from utils import safe_pickle
-from utils.checkpoint import write_atomically, write_text
+from utils.checkpoint import save_torch, write_atomically, write_text
 from utils.config import UserError
 from utils.context_selection import ContextSelector
 
@@ -181,6 +181,12 @@ def write_embeddings(output_dir: str | Path, names: Sequence[str], embeddings: n
     write_rows(output_dir / "contexts.npy", output_dir / "context_names.txt", *mean_contexts(names, embeddings))
 
 
+def write_dictionary(path: str | Path, names: Sequence[str], rows: np.ndarray) -> None:
+    """Write {name: (D,) float32} as a torch archive, IDiff-Face's form of embeddings and contexts, whole or not at all."""
+    vectors = {name: row.astype(np.float32) for name, row in zip(names, rows, strict=True)}
+    save_torch(vectors, path)
+
+
 def write_rows(path: str | Path, names_path: str | Path, names: Sequence[str], rows: np.ndarray) -> None:
     """Write (n, D) float32 and its names, one a line; each file whole or not at all, the rows last."""
     if len(names) != len(rows):
@@ -195,7 +201,7 @@ def rows_digest(names: Sequence[str], rows: np.ndarray) -> str:
 
 
 def save_rows(path: str | Path, rows: np.ndarray) -> None:
-    """Write (n, D) as a float32 `.npy`, whole or not at all."""
+    """Write (n, D), or one vector (D,), as a float32 `.npy`, whole or not at all."""
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:  # given a path, np.save would append .npy to it

@@ -29,14 +29,14 @@ FACENET_SIZE, FACENET_FEATURES = 160, 512
 class Embedder:
     """Faces => unit vectors. Faces are aligned crops as align.py makes them; other sizes than S are resized."""
 
-    def __init__(self, network: nn.Module, digest: str) -> None:
-        """`network` takes float32 (n, 3, S, S) RGB in [-1, 1]; `digest` (hexadecimal) tells its weights and input."""
+    def __init__(self, network: nn.Module, sha256: str) -> None:
+        """`network` takes float32 (n, 3, S, S) RGB in [-1, 1]; `sha256` tells its weights and input apart."""
         self.network = network
-        self.digest = digest
+        self.sha256 = sha256
         self.width: int = network.num_features
         self.input_size: int = network.input_size
 
-    def __call__(
+    def embed(
         self,
         images: np.ndarray | Sequence[str | Path],
         *,
@@ -78,9 +78,7 @@ def backbone_embedder(
         ("channel_order", channel_order, file.channel_order),
     ):
         if wanted is not None and found is not None and wanted != found:
-            raise UserError(
-                f"embedder.{key}: {wanted}, but {checkpoint} has {found}; give another file or embedder=own"
-            )
+            raise UserError(f"embedder.{key}: {wanted}, but {checkpoint} holds {found}; another file, or embedder=own")
     return _adapted(backbone, channel_order or file.channel_order or "RGB", mean, std)
 
 

@@ -34,7 +34,7 @@ def inspect(path: Path) -> list[str]:
     if path.suffix == ".onnx" and path.is_file():
         graph = OnnxRecogniser(path, input_size=112)
         return [
-            f"{path}: an ONNX recogniser ({graph.input_size} x {graph.input_size} pixels => {graph.num_features} numbers)",
+            f"{path}: an ONNX recogniser ({graph.input_size} pixels => {graph.num_features} numbers)",
             f"input: {graph.input_name}, channels {'last' if graph.channels_last else 'first'}, batches of "
             f"{graph.batch or 'any size'}",
         ]

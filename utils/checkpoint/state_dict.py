@@ -93,7 +93,10 @@ def weights_sha256(*states: Mapping[str, torch.Tensor]) -> str:
 
 def check_finite(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
     """Raise UserError, naming the first, where tensors hold NaN or infinity."""
-    bad = [name for name, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    floats = {name: t for name, t in state.items() if t.is_floating_point()}
+    # A sum is not finite where a number is not (or where it overflows), and much cheaper than a mask
+    suspects = {name: t for name, t in floats.items() if not torch.isfinite(t.sum(dtype=torch.float32))}
+    bad = [name for name, t in suspects.items() if not torch.isfinite(t).all()]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UserError(f"{path}: its weights are not finite ({bad[0]}{more}); the training that wrote it has diverged")
