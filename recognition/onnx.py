@@ -34,7 +34,7 @@ class OnnxRecogniser(nn.Module):
             raise UserError(f"{path}: needs onnxruntime, which is not installed: pip install onnxruntime") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors; what it warns of is the exporter's business
+        options.log_severity_level = 4  # its errors are raised, its warnings are the exporter's business
         bad_file = (failures.Fail, failures.InvalidArgument, failures.InvalidGraph, failures.InvalidProtobuf)
         bad_file = (*bad_file, failures.NoModel, failures.NotImplemented, failures.RuntimeException)
         try:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recognition.backbones import BACKBONES, build_backbone, load_backbone, load_published_backbone, save_backbone
+from recognition.backbones import BACKBONES, build_backbone, load_backbone, save_backbone
 from tests.compat import fill_deterministic, load_arrays, load_shapes, relative_error
 from utils.checkpoint import save_safetensors
 from utils.config import CONFIG_DIR, UserError
@@ -92,16 +92,15 @@ def test_load_backbone_refuses_other_files(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "prefix", "affine"), [("ir_18", "", False), ("ir_18", "module.", True), ("iresnet18", "", False)]
 )
-def test_published_files_load_by_name(tmp_path, name: str, prefix: str, affine: bool) -> None:
+def test_published_files_are_recognised(tmp_path, name: str, prefix: str, affine: bool) -> None:
     backbone = fill_deterministic(build_backbone(name, input_size=32, affine_output=True if affine else None))
     state = {prefix + k: v for k, v in backbone.state_dict().items() if "num_batches_tracked" not in k}
     torch.save(state, tmp_path / "published.pth")
-    loaded = load_published_backbone(tmp_path / "published.pth", name, input_size=32)
+    loaded = load_backbone(tmp_path / "published.pth")
+    assert loaded.config["name"] == name and loaded.input_size == 32
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(loaded(images), backbone(images))
-    with pytest.raises(UserError, match=r"missing|unexpected"):
-        load_published_backbone(tmp_path / "published.pth", "ir_34", input_size=32)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +113,7 @@ def test_published_files_load_by_name(tmp_path, name: str, prefix: str, affine: 
         ({"name": "ir_18", "dropout": 1.0}, "dropout: 1.0"),
         ({"name": "ir_18", "num_features": 0}, "num_features: 0"),
         ({"name": "iresnet18", "affine_output": True}, "affine_output"),
+        ({"name": "iresnet18", "inner_norm": False}, "inner_norm, backbone.bottleneck: they belong to the IR networks"),
     ],
 )
 def test_settings_that_cannot_work_are_named(kwargs: dict, message: str) -> None:

@@ -329,7 +329,7 @@ def test_models_to_test(compose, finished: Path, tmp_path: Path) -> None:
         "recognition_test_config", "backbone=ir_18", "backbone.width=0.125", "backbone.input_size=16"
     ).backbone
     assert load_model(str(file), None, 0).config["width"] == 0.125
-    with pytest.raises(UserError, match=r"backbone: .* carries its own"):
+    with pytest.raises(UserError, match=r"backbone: .* shows which network it is"):
         load_model(str(file), node, 0)
     with pytest.raises(UserError, match="backbone: not set"):
         load_model(None, None, 0)
@@ -383,5 +383,5 @@ def test_train_and_test_from_the_command_line_in_two_processes(run_script, peopl
     )
     assert failed.returncode == 2
     assert failed.stderr.strip() == (
-        "error: backbone: not set; say what the network is when the checkpoint does not, as in backbone=ir_50"
+        "error: backbone: not set; say which network gets random weights, as in backbone=ir_50"
     )

@@ -182,7 +182,7 @@ def write_embeddings(output_dir: str | Path, names: Sequence[str], embeddings: n
 
 
 def write_dictionary(path: str | Path, names: Sequence[str], rows: np.ndarray) -> None:
-    """Write {name: (D,) float32} as a torch archive, IDiff-Face's form of embeddings and contexts, whole or not at all."""
+    """Write {name: (D,) float32} as a torch archive, IDiff-Face's form, whole or not at all."""
     vectors = {name: row.astype(np.float32) for name, row in zip(names, rows, strict=True)}
     save_torch(vectors, path)
 

@@ -93,7 +93,9 @@ def facenet_embedder(
     file = _open(checkpoint)
     if file.kind != FACENET:
         raise file.mismatch(FACENET)
-    network = _inception_resnet()
+    with torch.device("meta"):  # without its slow initialisation: every tensor is in the file
+        network = _inception_resnet()
+    network.to_empty(device="cpu")
     # Old files lack the counter, which only a cumulative batch norm would read
     state = {**{k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}, **file.state}
     strict_load(network, state, str(checkpoint), file.looks_like)

@@ -34,7 +34,8 @@ def has(shapes: Shapes, pattern: str, at_least: int = 2) -> bool:
     return len(list(matching(shapes, pattern))) >= at_least
 
 
-def indices(shapes: Shapes, pattern: str) -> list[int]:
-    """The numbers of a list of blocks, from the first group of `pattern`, that at least two parameters bear; sorted."""
-    counts = Counter(int(match[1]) for name in shapes if (match := re.match(pattern, name)))
-    return sorted(index for index, count in counts.items() if count > 1)
+def indices(shapes: Shapes, pattern: str, at_least: int = 2) -> list[int]:
+    """The numbers of a list of blocks, from the first group of `pattern`, that so many parameters bear; sorted."""
+    compiled = re.compile(pattern)
+    counts = Counter(int(match[1]) for name in shapes if (match := compiled.match(name)))
+    return sorted(index for index, count in counts.items() if count >= at_least)

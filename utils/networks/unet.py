@@ -26,7 +26,7 @@ def describe(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any], str]:
     )
     # Down: n blocks a level and a strided convolution between levels
     blocks = indices(shapes, r"down\.(\d+)\.res\.")
-    strided = indices(shapes, r"down\.(\d+)\.conv\.")
+    strided = [i for i in indices(shapes, r"down\.(\d+)\.conv\.(?:weight|bias)$", at_least=1) if i not in blocks]
     levels = [
         [b for b in blocks if low < b < high] for low, high in zip([-1, *strided], [*strided, 10**9], strict=True)
     ]
