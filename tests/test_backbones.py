@@ -85,7 +85,7 @@ def test_load_backbone_refuses_other_files(tmp_path) -> None:
     with pytest.raises(UserError, match="no such"):
         load_backbone(tmp_path / "none.safetensors")
     save_safetensors({"a": torch.zeros(1)}, tmp_path / "other.safetensors", {"kind": "vq_encoder"})
-    with pytest.raises(UserError, match="vq_encoder"):
+    with pytest.raises(UserError, match="looks like a VQ encoder written by this project"):
         load_backbone(tmp_path / "other.safetensors")
 
 

@@ -248,3 +248,27 @@ def test_permuted_contexts_come_from_the_same_identity_at_any_world_size(compose
     monkeypatch.setattr(distributed, "world_size", lambda: 1)
     own = dataset.embeddings[[i for i, _ in items.local_batch(0)]]
     assert not torch.equal(whole, own) and (whole * own).sum(dim=1).min() > 0.9
+
+
+def test_published_weights_are_a_start(compose, overrides, tmp_path):
+    """`training.checkpoint.path` takes a file of weights alone: a published one, or a converted one."""
+    from models.diffusion.unet import ConditionalUNet
+    from utils.checkpoint.__main__ import convert
+
+    torch.manual_seed(3)
+    cfg = compose("train_config", *overrides, f"output_dir={tmp_path / 'run'}", "training.steps=1")
+    unet = ConditionalUNet(**{name: value for name, value in cfg.model.items() if name != "_target_"})
+    betas = torch.linspace(0.001, 0.02, 10)
+    torch.save({**{f"eps_model.{k}": v for k, v in unet.state_dict().items()}, "betas": betas}, tmp_path / "unet.pt")
+    convert(tmp_path / "unet.pt", tmp_path / "unet.safetensors")
+    for name in ("unet.pt", "unet.safetensors"):
+        cfg.training.checkpoint.path, cfg.output_dir = str(tmp_path / name), str(tmp_path / name.replace(".", "_"))
+        run(cfg)
+        step, _, model = weights(tmp_path / name.replace(".", "_"))
+        changes = [(model[k] - v).abs().max().item() for k, v in unet.state_dict().items()]
+        assert step == 1 and 0 < max(changes) < 1e-3, "one step of Adam from the given weights"
+    cfg.model.initial_channels, cfg.output_dir = 64, str(tmp_path / "other")
+    with pytest.raises(
+        UserError, match=r"training\.checkpoint\.path: .* does not fit ConditionalUNet: .* of another shape"
+    ):
+        run(cfg)

@@ -19,7 +19,7 @@ from recognition.backbones import InputAdapter, backbone_of
 from recognition.backbones.adapter import MEAN, STD
 from recognition.embedding import embed_images
 from recognition.onnx import OnnxRecogniser
-from utils.checkpoint import strict_load, weights_sha256
+from utils.checkpoint import strict_load, weights_sha256, with_counters
 from utils.config import UserError, existing_file
 from utils.networks import FACENET, NetworkFile, open_network_file
 
@@ -96,9 +96,7 @@ def facenet_embedder(
     with torch.device("meta"):  # without its slow initialisation: every tensor is in the file
         network = _inception_resnet()
     network.to_empty(device="cpu")
-    # Old files lack the counter, which only a cumulative batch norm would read
-    state = {**{k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}, **file.state}
-    strict_load(network, state, str(checkpoint), file.looks_like)
+    strict_load(network, with_counters(network, file.state), str(checkpoint), file.looks_like)
     network.input_size, network.num_features = input_size, FACENET_FEATURES
     return _adapted(network.eval(), channel_order, mean, std)
 

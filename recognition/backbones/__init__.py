@@ -14,7 +14,7 @@ from torch import nn
 from recognition.backbones.adapter import InputAdapter
 from recognition.backbones.ir import BOTTLENECK_FROM, IR_DEPTHS, IRBackbone
 from recognition.backbones.iresnet import IRESNET_DEPTHS, IResNet
-from utils.checkpoint import save_safetensors, strict_load
+from utils.checkpoint import save_safetensors, strict_load, with_counters
 from utils.config import UserError
 from utils.networks import BACKBONE, NetworkFile, open_network_file
 
@@ -143,9 +143,7 @@ def backbone_of(file: NetworkFile) -> nn.Module:
     if file.config["name"] not in BACKBONES:
         raise UserError(f"{file.path}: looks like {file.looks_like}; there are {', '.join(BACKBONES)}")
     backbone = build_backbone(**file.config)
-    # Old files lack the counter, which only a cumulative batch norm would read
-    state = {**{k: v for k, v in backbone.state_dict().items() if k.endswith("num_batches_tracked")}, **file.state}
-    strict_load(backbone, state, str(file.path), file.looks_like)
+    strict_load(backbone, with_counters(backbone, file.state), str(file.path), file.looks_like)
     return backbone.eval()
 
 

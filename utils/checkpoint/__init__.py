@@ -25,6 +25,7 @@ from utils.checkpoint.state_dict import (
     split_schedule,
     strict_load,
     weights_sha256,
+    with_counters,
 )
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "split_schedule",
     "strict_load",
     "weights_sha256",
+    "with_counters",
     "write_atomically",
     "write_json",
     "write_text",

@@ -13,6 +13,7 @@ from utils.config import UserError
 # Wrappers whose names stand before a network's keys, in any order and number: DistributedDataParallel, torch.compile,
 # the averages and the diffusion module of the published code.
 PREFIXES = ("module.", "_module.", "_orig_mod.", "eps_model.")
+COUNTER = "num_batches_tracked"
 # Under what name a file of more than weights keeps its state dict: Lightning, and the trainers of insightface.
 CONTAINERS = ("state_dict", "state_dict_backbone", "model_state_dict")
 # The diffusion module of the published code keeps its schedule beside the network, eight vectors of length T.
@@ -100,6 +101,13 @@ def check_finite(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UserError(f"{path}: its weights are not finite ({bad[0]}{more}); the training that wrote it has diverged")
+
+
+def with_counters(module: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` with zero for every batch norm's counter that it lacks: old files have none, and only a cumulative batch
+    norm would read it."""
+    counters = {name: torch.zeros_like(t) for name, t in module.state_dict().items() if name.endswith(COUNTER)}
+    return {**counters, **state}
 
 
 def strict_load(module: nn.Module, state: Mapping[str, torch.Tensor], what: str, looks_like: str | None = None) -> None:
