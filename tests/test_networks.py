@@ -150,15 +150,15 @@ def reload(kind: str, path: Path) -> torch.nn.Module:
 
 
 SMALL = {  # network => the prefixes that its published files have
-    "unet_ca": ("", "eps_model.", "module.eps_model.", "_module.module.eps_model."),
+    "unet_ca": ("module.eps_model.", "_module.module.eps_model."),
     "unet_classes": ("eps_model.",),
-    "vq_encoder": ("", "module.", "first_stage_model."),
-    "vq_decoder": ("", "module.", "first_stage_model."),
-    "ir_18": ("", "module."),
+    "vq_encoder": ("", "first_stage_model."),
+    "vq_decoder": ("module.", "first_stage_model."),
+    "ir_18": ("module.",),
     "ir_se_18 evolve": ("",),
     "ir_34 curricular": ("module.",),
     "ir_152": ("",),
-    "iresnet18": ("", "module."),
+    "iresnet18": ("",),
 }
 
 
