@@ -4,30 +4,21 @@ An unconditional model draws faces, a recogniser embeds them (diffusion.drawn_fa
 """
 
 import functools
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffusion.drawn_faces import DetectionSettings, DrawnFaces, DrawnFacesSettings, Embedder
+from diffusion.drawn_faces import DetectionSettings, DrawnFaces, DrawnFacesSettings
 from diffusion.generator import load_generator
 from diffusion.sampling_run import check_sampler
-from recognition.backbones import load_backbone
-from recognition.embedding import embed_images
-from utils import distributed
-from utils.config import UserError, existing_file, settings
+from utils.config import UserError, settings
+from utils.embedders import Embedder
 from utils.precision import check_precision
 
 
-def load_embedder(path: str, *, flip: bool, device: str) -> Embedder:
-    """The recogniser in a file of recognition.train. UserError where the file is missing or of another kind."""
-    file = existing_file(path, "source.recogniser", "recognition.train writes backbone.safetensors")
-    backbone = load_backbone(file)
-    embed = functools.partial(embed_images, backbone, flip=flip, device=distributed.device(device))
-    return Embedder(backbone.num_features, hashlib.sha256(file.read_bytes()).hexdigest(), embed)
-
-
-def drawn_faces_source(cfg: DrawnFacesSettings, sampler: functools.partial, seed: int, output_dir: Path) -> DrawnFaces:
-    """Load generator and recogniser and check everything. Raises UserError, before anything is drawn."""
+def drawn_faces_source(
+    cfg: DrawnFacesSettings, sampler: functools.partial, embedder: Embedder, seed: int, output_dir: Path
+) -> DrawnFaces:
+    """Load the generator and check everything. Raises UserError, before anything is drawn."""
     for key, value in (("batch_size", cfg.batch_size), ("image_size", cfg.image_size)):
         if value is not None and value < 1:
             raise UserError(f"source.{key}: {value}; give at least 1")
@@ -38,7 +29,6 @@ def drawn_faces_source(cfg: DrawnFacesSettings, sampler: functools.partial, seed
             raise UserError(f"source.align: {cfg.align!r}; null, or a section as in configs/source/two_stage.yaml")
         detection = settings(cfg.align, DetectionSettings, "source.align")
         detection.check()
-    embedder = load_embedder(cfg.recogniser, flip=cfg.flip, device=cfg.device)
     generator = load_generator(
         cfg.checkpoint,
         cfg.VQDecoder_path,

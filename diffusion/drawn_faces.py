@@ -14,7 +14,7 @@ Legend: b candidates of a batch, k of them usable, H W height and width, D width
 import functools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from utils.alignment import Detection, FaceAligner, alignment_error
 from utils.checkpoint import write_atomically, write_json
 from utils.config import UserError
 from utils.context_sources import Candidates
+from utils.embedders import Embedder
 from utils.images import write_image
 from utils.precision import warn_of_emulation
 
@@ -76,7 +77,7 @@ class DrawnFacesSettings:
     """The keys of configs/source/two_stage.yaml."""
 
     checkpoint: CheckpointChoice
-    recogniser: str  # backbone.safetensors of recognition.train
+    recogniser: str  # file of the network that the section `embedder` describes
     VQDecoder_path: str | None = None
     latent_diffusion: bool | None = None
     latent_shape: list[int] | None = None
@@ -88,15 +89,6 @@ class DrawnFacesSettings:
     flip: bool = True  # embed the mirror image too
     batch_size: int = 64  # images a process draws at a time
     device: str = "auto"
-
-
-@dataclass
-class Embedder:
-    """What turns faces into embeddings."""
-
-    width: int  # D
-    sha256: str  # of its file
-    embed: Callable[[np.ndarray], np.ndarray]  # uint8 (n, H, W, 3) => float32 (n, D) unit rows
 
 
 class DrawnFaces:
@@ -229,7 +221,8 @@ class DrawnFaces:
         usable = [row for row, reason in enumerate(reasons) if not reason]
         rows = np.empty((0, self.width), np.float32)
         if usable:
-            rows = self.embedder.embed(np.stack([faces[row] for row in usable]))  # (k, D)
+            crops = np.stack([faces[row] for row in usable])  # uint8 (k, H, W, 3)
+            rows = self.embedder.embed(crops, flip=self.cfg.flip, device=self.device)  # (k, D)
         for row in usable:
             write_image(self._face(numbers[row]), faces[row])
         arrays = {

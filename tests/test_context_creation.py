@@ -314,7 +314,7 @@ def test_another_embedder_is_told_by_its_record(people):
     from utils.context_sources import StreamSource
 
     folder = people[0]
-    (folder / "encoder.json").write_text(json.dumps({"checkpoint_sha256": "a"}))
+    (folder / "encoder.json").write_text(json.dumps({"embedder_sha256": "a"}))
     settings = ContextSettings("out", 5, max_similarity_to=0.3, training_identities=str(folder / "contexts.npy"))
     source = StreamSource(iter([]), WIDTH, {}, inputs={"source.recogniser": "b"})
     with pytest.raises(UserError, match=r"embedded by another recogniser than source\.recogniser"):

@@ -286,7 +286,10 @@ def test_a_false_match_rate_is_kept_and_faces_serve_id_augment(run, tmp_path):
         ("source.checkpoint.path={models}/conditional", "holds a model that takes contexts"),
         ("source.checkpoint.path=nowhere", "checkpoint.path: no such file or folder: nowhere"),
         ("source.recogniser=nowhere", "source.recogniser: no such file: nowhere"),
-        ("source.recogniser={models}/run/checkpoints/step_00000003.ckpt", "not a readable safetensors file"),
+        (
+            "source.recogniser={models}/run/checkpoints/step_00000003.ckpt",
+            "a training checkpoint of main.py, not a file of one network",
+        ),
         ("sampler=two_stage", "the two-stage sampler needs contexts"),
         ("sampling.sample_config.cfg_scale=1", "sampling.sample_config.cfg_scale: 1; an unconditional model"),
         ("sampler.num_steps=0", "num_steps: 0"),
