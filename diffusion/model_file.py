@@ -77,8 +77,6 @@ def model_of_network_file(
         raise file.mismatch(UNET)
     if "config" in file.metadata and model_cfg_path is not None:
         raise UserError(f"model_cfg_path: {path} carries its own configuration; leave model_cfg_path out")
-    if file.betas is not None and diffusion_cfg_path is not None:
-        raise UserError(f"diffusion_cfg_path: {path} holds its own betas; leave diffusion_cfg_path out")
     if model_cfg_path is not None:
         node = OmegaConf.load(existing_file(model_cfg_path, "model_cfg_path", "a file of configs/model"))
         unet = instantiate(node, "model_cfg_path")
@@ -93,15 +91,23 @@ def model_of_network_file(
         config, unet = file.config, ConditionalUNet(**file.config)
         log.info("%s: %s", path, file.looks_like)
     strict_load(unet, file.state, str(path), file.looks_like)
-    if file.betas is not None:
-        schedule = NoiseSchedule.from_betas(file.betas)
-    else:
-        hint = f"{path} holds no betas; name a file in configs/diffusion"
-        schedule = instantiate(
-            OmegaConf.load(existing_file(diffusion_cfg_path, "diffusion_cfg_path", hint)), "diffusion_cfg_path"
-        )
     said = {name: file.metadata[name] for name in SAID if name in file.metadata}
-    return ModelFile(unet, schedule, config, **said)
+    return ModelFile(unet, _schedule_of(file, diffusion_cfg_path), config, **said)
+
+
+def _schedule_of(file: NetworkFile, diffusion_cfg_path: str | None) -> NoiseSchedule:
+    """The schedule in a file, or the one of a YAML file; where both are given they must agree."""
+    if file.betas is not None and diffusion_cfg_path is None:
+        return NoiseSchedule.from_betas(file.betas)
+    hint = f"{file.path} holds no betas; name a file in configs/diffusion"
+    node = OmegaConf.load(existing_file(diffusion_cfg_path, "diffusion_cfg_path", hint))
+    schedule = instantiate(node, "diffusion_cfg_path")
+    if file.betas is None:
+        return schedule
+    own = NoiseSchedule.from_betas(file.betas)
+    if own.betas.shape != schedule.betas.shape or not torch.allclose(own.betas, schedule.betas, atol=1e-6):
+        raise UserError(f"diffusion_cfg_path: {diffusion_cfg_path} is not the schedule in {file.path}; leave it out")
+    return own
 
 
 def save_model_file(model: ModelFile, path: str | Path) -> None:

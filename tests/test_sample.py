@@ -325,6 +325,8 @@ def test_published_file_takes_its_schedule_from_itself(files, tmp_path):
     assert torch.allclose(generator.schedule.betas, betas)
     derived = load_generator(choice, decoder, latent_shape=(3, 8, 8))  # its settings are read off its shapes
     assert derived.weights_sha256 == generator.weights_sha256
+    with pytest.raises(UserError, match=r"diffusion_cfg_path: .*ddpm\.yaml is not the schedule in"):
+        load_generator(choice, decoder, diffusion_cfg_path=str(CONFIG_DIR / "diffusion" / "ddpm.yaml"))
     x, t = torch.zeros(1, 3, 8, 8), torch.tensor([5])
     assert torch.equal(derived.unet(x, t), generator.unet(x, t))
     with pytest.raises(UserError, match="does not fit ConditionalUNet"):
