@@ -68,7 +68,7 @@ def test_a_run_that_is_stopped_and_killed_equals_one_that_is_not(overrides, tmp_
     arguments = [*overrides, "training.steps=150", "training.steps_between_logging=1",
                  "training.checkpoint.steps_between=20", "training.steps_between_sampling=null"]  # fmt: skip
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
-    assert start(whole, arguments).wait(timeout=240) == 0
+    assert start(whole, arguments).wait(timeout=600) == 0
 
     # SIGTERM to torchrun, as Slurm sends it
     process = start(folder, arguments)
@@ -87,7 +87,7 @@ def test_a_run_that_is_stopped_and_killed_equals_one_that_is_not(overrides, tmp_
         goal = weights(folder)[0] + int(rng.integers(2, 7))
         wait_for(lambda goal=goal: steps(folder) >= goal, folder, process)
         os.kill(int(rng.choice(workers(process))), sent)
-    assert process.wait(timeout=240) == 0, output.read_text()[-3000:]
+    assert process.wait(timeout=600) == 0, output.read_text()[-3000:]
     assert output.read_text().count("going on from step") == 3
     same_run(folder, whole)
 
