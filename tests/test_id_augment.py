@@ -8,7 +8,7 @@ import pytest
 
 import id_augment
 from id_augment import IdAugmentSettings, augment
-from recognition.datasets import read_identity_folders
+from recognition.datasets import read_training_set
 from utils.images import read_image, write_image
 
 
@@ -52,7 +52,7 @@ def test_copies_among_the_images(folders, caplog):
     }
     assert summary.missing_faces == ["00002"]
     assert "1 of 3 identities have no face" in caplog.text and "00002" in caplog.text
-    assert np.bincount(read_identity_folders(data).labels).tolist() == [8, 8, 3]  # what the recogniser trains on
+    assert np.bincount(read_training_set(data).labels).tolist() == [8, 8, 3]  # what the recogniser trains on
 
 
 def test_again_is_the_same_as_once(folders):
