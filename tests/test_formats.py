@@ -22,6 +22,7 @@ import recognition.test as verification
 from recognition.augment import Augmentation
 from recognition.backbones import build_backbone
 from recognition.datasets import IdentityDataset, read_training_set
+from tests.malicious import Call
 from utils.config import UserError, command_line
 from utils.data.__main__ import main
 from utils.data.formats import recordio, writers
@@ -451,14 +452,6 @@ def test_drawn_pairs(tmp_path) -> None:
 
 
 # Hostile and damaged files
-
-
-class Call:
-    def __init__(self, function, *arguments) -> None:
-        self.parts = (function, arguments)
-
-    def __reduce__(self):
-        return self.parts
 
 
 PAYLOADS = {

@@ -15,6 +15,7 @@ from models.autoencoder.vqgan import VQDecoder, VQEncoder, load_decoder, load_en
 from models.diffusion.unet import ConditionalUNet
 from recognition.backbones import InputAdapter, build_backbone, load_backbone
 from tests.compat import DATA, deterministic_tensor, fill_deterministic, load_shapes
+from tests.malicious import Call
 from utils.checkpoint import SCHEDULE_BUFFERS, load_safetensors, load_torch, read_metadata, save_safetensors
 from utils.checkpoint.__main__ import main as command
 from utils.config import UserError
@@ -387,14 +388,6 @@ def test_unreadable_weights_are_one_line(tmp_path, capsys):
     assert command(["convert", str(tmp_path / "nan"), str(tmp_path / "out.pt")]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3 and all(line.startswith("error: ") for line in errors)
-
-
-class Call:
-    def __init__(self, function, *arguments):
-        self.parts = (function, arguments)
-
-    def __reduce__(self):
-        return self.parts
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.malicious import Call
 from utils import safe_pickle
 from utils.config import UserError
 
@@ -58,14 +59,6 @@ def test_python_2_strings_stay_bytes():
     # pickle.dumps(({"name": "\xff\xd8"}, [True]), 2) of Python 2
     data = b"\x80\x02}q\x00U\x04nameq\x01U\x02\xff\xd8q\x02s]q\x03\x88a\x86q\x04."
     assert safe_pickle.loads(data) == ({b"name": b"\xff\xd8"}, [True])
-
-
-class Call:
-    def __init__(self, function, *arguments):
-        self.parts = (function, arguments)
-
-    def __reduce__(self):
-        return self.parts
 
 
 @pytest.mark.parametrize(
