@@ -102,8 +102,8 @@ def train(
         log.info("the run is complete (%d steps); give another output_dir or more training.steps", first_step)
         return {}
 
-    # Latents, once
-    if first_stage.encoder is not None and cfg.cache_latents:
+    # Latents, once, unless the caller has them
+    if first_stage.encoder is not None and cfg.cache_latents and first_stage.latents is None:
         first_stage.latents = cached_latents(
             dataset, first_stage.encoder, output_dir, batch_size=64, num_workers=cfg.num_workers, device=device
         )
