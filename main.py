@@ -13,6 +13,7 @@ from diffusion.training_loop import train
 from diffusion.training_settings import TrainingSettings
 from utils import distributed
 from utils.config import UserError, entry_point, instantiate, plain, settings
+from utils.logging import check_wandb
 
 # Parts of the section `training` that are config groups, built by their `_target_`.
 GROUPS = ("optimizer", "lr_scheduler", "ema")
@@ -25,6 +26,8 @@ def main(cfg: DictConfig) -> dict[str, float]:
         OmegaConf.masked_copy(cfg.training, [k for k in cfg.training if k not in GROUPS]), TrainingSettings, "training"
     )
     factories = [instantiate(cfg.training[name], f"training.{name}") for name in GROUPS]
+    factories[1](torch.optim.SGD([torch.zeros(1)], lr=1.0))  # a schedule that cannot be is told before data are read
+    check_wandb(loop.wandb_project)
     device = distributed.device(loop.device)
 
     if loop.context_dropout is not None:

@@ -8,7 +8,7 @@ resumed ends with the same weights as one that was not, and two processes comput
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from diffusion.training_batches import Batch, training_batches
 from diffusion.training_settings import TrainingSettings
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, read_content, strict_load
-from utils.config import UserError
+from utils.config import UserError, differences
 from utils.curves import CURVES, plot_metrics
 from utils.data.face_dataset import FaceDataset
 from utils.data.latents import cached_latents
@@ -42,6 +42,8 @@ from utils.precision import autocast, check_precision, warn_of_emulation
 
 log = get_logger(__name__)
 
+# What training may change in a network on its way: no weight depends on it.
+FREE_MODEL_KEYS = ("context_dropout_probability", "unconditioned_probability")
 PATIENCE = 2000  # steps after which a loss should have moved
 
 
@@ -78,7 +80,8 @@ def train(
     folder = CheckpointFolder(output_dir / "checkpoints", cfg.checkpoint.keep, tuple(cfg.steps_of_checkpoints))
     first_step, losses, skipped = 0, [], 0  # losses since the last logged step, a scalar each
     state = folder.load_latest() if cfg.checkpoint.restore else None
-    goes_on = state is not None
+    if state is not None:
+        _check_same_run(state, first_stage, config, output_dir)
     if state is None and cfg.checkpoint.path is not None:
         content, metadata = read_content(cfg.checkpoint.path)
         if isinstance(content, dict) and content.get("kind") == "diffusion":
@@ -93,9 +96,7 @@ def train(
         losses = [torch.tensor(loss, device=device) for loss in state.get("losses", [])]
         skipped = state.get("skipped_steps", 0)
         log.info("going on from step %d", first_step)
-        if goes_on:
-            _check_same_latents(state, first_stage, config, output_dir)
-        changed = sorted(_differences(state["config"], config))
+        changed = sorted(differences(state["config"], config))
         if changed:
             log.warning("going on with other settings than the checkpoint's: %s", ", ".join(changed))
     if first_step >= cfg.steps:
@@ -257,20 +258,16 @@ def _no_sync(net: nn.Module, waits: bool) -> contextlib.AbstractContextManager:
     return net.no_sync() if waits and isinstance(net, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
-    """The dotted keys in which two plain configurations differ, but for the run folder."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in old.keys() | new.keys():
-            if name != "output_dir":
-                yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-    elif old != new:
-        yield key
-
-
-def _check_same_latents(
-    state: dict[str, Any], first_stage: FirstStage, config: dict[str, Any], output_dir: Path
-) -> None:
-    """A run goes on with images of the size, and the autoencoder, that it was begun with."""
+def _check_same_run(state: dict[str, Any], first_stage: FirstStage, config: dict[str, Any], output_dir: Path) -> None:
+    """A run goes on with the network, the autoencoder and images of the size that it was begun with."""
+    if state.get("kind") != "diffusion":
+        raise UserError(
+            f"output_dir: {output_dir} holds checkpoints of kind {state.get('kind')!r}; give another folder"
+        )
+    for key in sorted(differences(state["config"].get("model", {}), config.get("model", {}))):
+        if key not in FREE_MODEL_KEYS:
+            was, now = state["config"]["model"].get(key), config["model"].get(key)
+            raise UserError(f"model.{key}: {now}, but {output_dir} holds a run with {was}; give another output_dir")
     was, now = (c.get("constants", {}).get("image_size") for c in (state["config"], config))
     if was != now:
         raise UserError(f"constants.image_size: {now}, but {output_dir} holds a run on {was}; give another output_dir")

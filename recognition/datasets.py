@@ -58,12 +58,12 @@ def read_training_set(
         root = existing_folder(root, "dataset.root", "one folder of images per identity, or another labelled set")
     if min_images_per_identity < 1:
         raise UserError(f"dataset.min_images_per_identity: {min_images_per_identity}; it must be at least 1")
-    excluded = read_identity_list(exclude_identities_file, "dataset.exclude_identities_file")
     try:
         images = open_labelled(root)
     except UserError as error:
         raise UserError(f"dataset.root: {error}") from error
 
+    excluded = read_identity_list(exclude_identities_file, "dataset.exclude_identities_file", images.identities)
     counts = np.bincount(images.labels, minlength=len(images.identities)).tolist()
     kept = [
         label

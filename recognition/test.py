@@ -9,6 +9,7 @@ Settings: configs/recognition_test_config.yaml.
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +63,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     options = settings(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "backbone"]), TestSettings, "")
     if options.batch_size < 1:
         raise UserError(f"batch_size: {options.batch_size}; it must be at least 1")
+    _check_output(options)
     backbone = load_model(options.checkpoint, cfg.get("backbone"), options.seed)
     pairs = open_pairs(options)
 
@@ -90,6 +92,21 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         if pairs.num_skipped:
             log.warning("%d pairs were left out, their images are missing", pairs.num_skipped)
     return report
+
+
+def _check_output(options: TestSettings) -> None:
+    """The results of another model or other pairs are not overwritten."""
+    file = Path(options.output_dir) / "results.json"
+    if not file.is_file():
+        return
+    known = json.loads(file.read_text(encoding="utf-8"))
+    for key, now in (
+        ("checkpoint", options.checkpoint),
+        ("pairs_file", options.pairs_file),
+        ("bin_file", options.bin_file),
+    ):
+        if known.get(key) != now:
+            raise UserError(f"{key}: {now}, but {file} holds the results of {known.get(key)}; give another output_dir")
 
 
 def load_model(checkpoint: str | None, backbone_cfg: DictConfig | None, seed: int) -> nn.Module:

@@ -94,6 +94,20 @@ def test_blocks_are_read_tile_by_tile(options, embedder, tmp_path, monkeypatch):
     assert read_contexts(Path(options.output_dir) / "contexts.npy")[0] == ["p", "q", "r"]
 
 
+def test_people_to_test_on_are_left_out(options, embedder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    people = tmp_path / "people.txt"
+    people.write_text("b\nnobody\n")
+    run(replace(options, exclude_identities_file=str(people)), embedder)
+    assert not any(name.startswith("b/") for name in read_embeddings(Path(options.output_dir) / "embeddings.npy")[0])
+    assert "b" not in read_contexts(Path(options.output_dir) / "contexts.npy")[0]
+    assert "exclude_identities_file: 1 of the 2 identities" in caplog.text
+    people.write_text("nobody\n")
+    run(replace(options, exclude_identities_file=str(people), output_dir=str(tmp_path / "all")), embedder)
+    assert "none of the 1 lines of" in caplog.text
+    assert "b" in read_contexts(tmp_path / "all" / "contexts.npy")[0]
+
+
 def test_width_and_uncropped_images_are_told(options, embedder, caplog):
     caplog.set_level("INFO")
     write_image(Path(options.input_dir) / "a" / "0.png", np.zeros((40, 60, 3), np.uint8))

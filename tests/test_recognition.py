@@ -378,6 +378,10 @@ def test_train_and_test_from_the_command_line_in_two_processes(run_script, peopl
     assert report["accuracy"] > 0.75
     assert (tmp_path / "test" / "roc.png").stat().st_size > 1000
 
+    other = ("checkpoint=null", "backbone=iresnet18", *test_args, f"output_dir={tmp_path / 'test'}")
+    failed = run_script("recognition.test", *other, check=False)
+    assert failed.returncode == 2 and "holds the results of" in failed.stderr
+
     failed = run_script(
         "recognition.test", "checkpoint=null", *test_args, f"output_dir={tmp_path / 'none'}", check=False
     )

@@ -187,7 +187,7 @@ def test_learning_rate_follows_steps_or_minutes(compose):
 # Runs
 
 
-def test_a_run_writes_everything_and_is_not_repeated(run, face_folder, monkeypatch):
+def test_a_run_writes_everything_and_is_not_repeated(run, face_folder, monkeypatch, caplog):
     metrics = run("out")
     out = face_folder / "out"
     assert metrics == json.loads((out / "metrics.json").read_text())
@@ -209,7 +209,9 @@ def test_a_run_writes_everything_and_is_not_repeated(run, face_folder, monkeypat
 
     before = (out / "vq_encoder.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(training_loop, "split_images", None)  # a finished run reads no data
-    assert run("out") == metrics
+    assert run("out") == metrics and "other settings" not in caplog.text
+    assert run("out", "training.revive_codes_every=3") == metrics
+    assert "other settings, and left as it is: training.revive_codes_every" in caplog.text
     assert (out / "vq_encoder.safetensors").stat().st_mtime_ns == before
 
 
@@ -414,5 +416,7 @@ def test_the_perceptual_loss_is_trained_with_where_its_files_are(run, tmp_path, 
     with_it, without = run("with", *files, "training.steps=3"), run("without", "training.steps=3")
     assert with_it["lpips"] > 0 and "lpips" not in without and with_it["l1"] != without["l1"]
     assert [record for record in caplog.records if "no perceptual loss" in record.getMessage()]
+    with pytest.raises(UserError, match=r"training\.lpips_weight: 0, but the files of the perceptual loss are given"):
+        run("absent", "training.lpips_weight=0", files[0])
     with pytest.raises(UserError, match=r"training\.lpips_vgg: no such file"):
         run("absent", "training.lpips_vgg=/nowhere", "training.lpips_linear=/nowhere")

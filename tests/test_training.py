@@ -182,7 +182,22 @@ def test_a_run_goes_on_with_its_own_size_and_autoencoder_only(compose, overrides
     assert run(compose("train_config", *overrides, f"output_dir={tmp_path / 'finer'}", *more))["loss"] > 0
 
 
+def test_a_run_goes_on_with_its_own_network_only(compose, overrides, tmp_path):
+    run(compose("train_config", *overrides, f"output_dir={tmp_path}", "training.steps=1"))
+    with pytest.raises(UserError, match=r"model\.context_channels: 64, but .* holds a run with 32; give another"):
+        run(compose("train_config", *overrides, f"output_dir={tmp_path}", "model.context_channels=64"))
+    free = ("model.context_dropout_probability=0.5", "training.steps=2")
+    assert run(compose("train_config", *overrides, f"output_dir={tmp_path}", *free))["loss"] > 0
+
+
 def test_bad_input(compose, overrides, tmp_path):
+    with pytest.raises(UserError, match=r"training\.lr_scheduler\.warmup_steps: 9, of a run of 6 steps; give 0 to 5"):
+        late = (
+            "lr_scheduler@training.lr_scheduler=cosine",
+            "training.lr_scheduler.warmup_steps=9",
+            "dataset.samples_root=/",
+        )
+        run(compose("train_config", *overrides, f"output_dir={tmp_path}", *late))
     with pytest.raises(UserError, match=r"give model\.context_input_channels=16"):
         run(compose("train_config", *overrides, f"output_dir={tmp_path}", "model.context_input_channels=512"))
     with pytest.raises(UserError, match=r"no image of .* is named in the embeddings"):

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,6 +117,16 @@ def command_line(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(status)
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    """The dotted keys in which two plain configurations differ, but for the run folder."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in old.keys() | new.keys():
+            if name != "output_dir":
+                yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new:
+        yield key
 
 
 def _fail(message: str) -> None:

@@ -20,6 +20,7 @@ from utils import distributed
 from utils.checkpoint import write_atomically, write_json
 from utils.config import UserError, existing_file, existing_folder
 from utils.contexts import read_names
+from utils.data.face_dataset import read_identity_list
 from utils.embedders import Embedder
 from utils.embedding_writers import WRITERS
 from utils.images import (
@@ -46,6 +47,7 @@ class EncodeSettings:
     input_dir: str
     output_dir: str
     images_name_file_path: str | None = None
+    exclude_identities_file: str | None = None
     layout: str = "auto"
     tile_size: int | None = None
     format: str = "uiface"
@@ -89,7 +91,7 @@ def plan(options: EncodeSettings) -> Work:
     """
     root = Path(options.input_dir)
     if options.images_name_file_path is not None:
-        files = _listed(root, options.images_name_file_path)
+        files = _without_excluded(_listed(root, options.images_name_file_path), options, blocks=False)
         return Work(files, None, list(range(0, len(files), PART_SIZE)))
     files = list_images(root)
     if not files:
@@ -100,6 +102,7 @@ def plan(options: EncodeSettings) -> Work:
     blocks = options.layout == "blocks" or (
         options.layout == "auto" and not any("/" in file for file in files) and _tile_of(root / files[0], tile_size)
     )
+    files = _without_excluded(files, options, blocks=bool(blocks))
     if not blocks:
         return Work(files, None, list(range(0, len(files), PART_SIZE)))
     sizes = {_tile_of(root / file, tile_size) for file in files}
@@ -118,6 +121,16 @@ def plan(options: EncodeSettings) -> Work:
             filled = 0
         filled += tiles
     return Work(files, tile, starts)
+
+
+def _without_excluded(files: list[str], options: EncodeSettings, *, blocks: bool) -> list[str]:
+    """The files of the identities that exclude_identities_file does not name: folders, or blocks by their own name."""
+    people = [PurePosixPath(file).stem if blocks else PurePosixPath(file).parent.name for file in files]
+    excluded = read_identity_list(options.exclude_identities_file, "exclude_identities_file", people)
+    kept = [file for file, person in zip(files, people, strict=True) if person not in excluded]
+    if not kept:
+        raise UserError(f"exclude_identities_file: {options.exclude_identities_file} leaves nobody of input_dir")
+    return kept
 
 
 def _listed(root: Path, path: str) -> list[str]:

@@ -48,6 +48,17 @@ def setup_logging(output_dir: str | Path | None = None) -> None:
     root.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
 
 
+def check_wandb(project: str | None) -> None:
+    """Raise UserError where a project of Weights & Biases is named and the package is not installed."""
+    if project is None:
+        return
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        message = f"training.wandb_project: {project}, but the package wandb is not installed; pip install wandb"
+        raise UserError(message) from error
+
+
 class ScalarLogger:
     """Scalars and images to TensorBoard (`<output_dir>/tensorboard`) and, if asked, to Weights & Biases.
 
@@ -59,7 +70,7 @@ class ScalarLogger:
     ) -> None:
         """A run that is resumed in the same folder goes on as the same run of `wandb_project`.
 
-        Raises UserError where a project is named and the package wandb is not installed.
+        `check_wandb` says whether the package is there.
         """
         self._writer, self._wandb = None, None
         if not distributed.is_main():
@@ -68,12 +79,8 @@ class ScalarLogger:
 
         self._writer = SummaryWriter(str(Path(output_dir) / "tensorboard"))
         if wandb_project is not None:
-            try:
-                import wandb
-            except ImportError as error:
-                raise UserError(
-                    f"wandb_project: {wandb_project}, but the package wandb is not installed; pip install wandb"
-                ) from error
+            import wandb
+
             folder = Path(output_dir).resolve()
             identity = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
             self._image = wandb.Image

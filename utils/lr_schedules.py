@@ -14,7 +14,9 @@ def warmup_cosine(optimizer: Optimizer, steps: int, warmup_steps: int = 0, final
     Raises UserError unless 0 <= warmup_steps < steps.
     """
     if not 0 <= warmup_steps < steps:
-        raise UserError(f"lr_scheduler.warmup_steps: {warmup_steps} is not in [0, steps), steps being {steps}")
+        raise UserError(
+            f"training.lr_scheduler.warmup_steps: {warmup_steps}, of a run of {steps} steps; give 0 to {steps - 1}"
+        )
 
     def factor(step: int) -> float:
         if step < warmup_steps:

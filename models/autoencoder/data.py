@@ -41,8 +41,9 @@ def split_images(dataset: DatasetSettings, seed: int) -> tuple[list[str], list[s
     root = existing_folder(dataset.samples_root, "dataset.samples_root", "a folder tree of images")
     if not 0.0 <= dataset.validation_share < 1.0:
         raise UserError(f"dataset.validation_share: {dataset.validation_share}; it must be at least 0 and below 1")
-    excluded = read_identity_list(dataset.exclude_identities_file, "dataset.exclude_identities_file")
     found = list_images(root)
+    people = (PurePosixPath(name).parent.name for name in found)
+    excluded = read_identity_list(dataset.exclude_identities_file, "dataset.exclude_identities_file", people)
     names = [name for name in found if PurePosixPath(name).parent.name not in excluded]
     order = np.random.default_rng(distributed.seed_for(seed, "validation")).permutation(len(names))
     held_out = round(dataset.validation_share * len(names))

@@ -36,14 +36,14 @@ from models.autoencoder.training_settings import (
 from models.autoencoder.vqgan import DECODER_FILE, ENCODER_FILE, VQModel, save_autoencoder
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, strict_load, write_json
-from utils.config import UserError, existing_file
+from utils.config import UserError, differences, existing_file
 from utils.curves import CURVES, plot_metrics
 from utils.data.step_sampler import StepSampler
 from utils.ema import EMA
 from utils.guards import FiniteSteps, save_or_warn, write_or_warn
 from utils.images import to_float, write_image
 from utils.interruption import StopRequest
-from utils.logging import ScalarLogger, get_logger
+from utils.logging import ScalarLogger, check_wandb, get_logger
 from utils.metrics_file import MetricsFile, report
 from utils.precision import autocast, warn_of_emulation
 
@@ -72,6 +72,7 @@ def train(
     settings that do not fit together, before any image is read.
     """
     check_settings(cfg, dataset, autoencoder)
+    check_wandb(cfg.wandb_project)
     device = distributed.device(cfg.device)
     warn_of_emulation(cfg.precision, device)
 
@@ -112,6 +113,9 @@ def train(
         counts = state["codebook_counts"].to(device)
     done = share_done(cfg, first_step, minutes_before)
     if done >= 1.0 and all((output_dir / name).is_file() for name in (ENCODER_FILE, DECODER_FILE, METRICS_FILE)):
+        changed = sorted(differences(state["config"], config))
+        if changed:
+            log.warning("finished before, with other settings, and left as it is: %s", ", ".join(changed))
         log.info("this run is finished (%d steps): %s and %s in %s", first_step, ENCODER_FILE, DECODER_FILE, output_dir)
         return json.loads((output_dir / METRICS_FILE).read_text())
     if state is not None:
@@ -290,6 +294,10 @@ def _check_same_run(state: dict[str, Any], config: dict[str, Any], output_dir: P
 def _perceptual(cfg: TrainingSettings, device: torch.device) -> LPIPS | None:
     """The perceptual distance, where its weight is above 0 and both files are given."""
     if cfg.lpips_weight == 0:
+        if cfg.lpips_vgg is not None or cfg.lpips_linear is not None:
+            raise UserError(
+                "training.lpips_weight: 0, but the files of the perceptual loss are given; give 1, as VQGAN"
+            )
         return None
     if cfg.lpips_vgg is None or cfg.lpips_linear is None:
         log.warning(

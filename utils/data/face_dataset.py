@@ -1,6 +1,7 @@
 """Face images with one identity embedding each, as the diffusion model learns from them."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -15,12 +16,26 @@ from utils.logging import get_logger
 log = get_logger(__name__)
 
 
-def read_identity_list(path: str | Path | None, key: str) -> frozenset[str]:
-    """Identities to leave out, one a line; the empty set for None. UserError when the named file does not exist."""
+def read_identity_list(path: str | Path | None, key: str, present: Iterable[str]) -> frozenset[str]:
+    """Those of the identities `present` that the file names, one a line; none for None.
+
+    Says how many they are, and warns where they are none: a list of other names would leave everybody in. UserError
+    when the named file does not exist or is no text.
+    """
     if path is None:
         return frozenset()
-    lines = existing_file(path, key, "a text file with one identity a line").read_text(encoding="utf-8").splitlines()
-    return frozenset(line.strip() for line in lines if line.strip())
+    file = existing_file(path, key, "a text file with one identity a line")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}: {file} is not a text file in UTF-8; one identity a line is wanted") from error
+    named = {line.strip() for line in lines if line.strip()}
+    found = named & set(present)
+    if found:
+        log.info("%s: %d of the %d identities in %s are here and left out", key, len(found), len(named), file)
+    else:
+        log.warning("%s: none of the %d lines of %s names an identity that is here", key, len(named), file)
+    return frozenset(found)
 
 
 class FaceDataset(Dataset):
@@ -49,7 +64,6 @@ class FaceDataset(Dataset):
         """Reads names and embeddings, not images. UserError for a missing path, or when nothing is left to train on."""
         self.root = existing_folder(samples_root, "dataset.samples_root", "the folder of training images")
         self.image_size = image_size
-        excluded = read_identity_list(exclude_identities_file, "dataset.exclude_identities_file")
         embeddings: np.ndarray | None = None
         if embeddings_file_path is not None:
             existing_file(embeddings_file_path, "dataset.embeddings_file_path", "encode.py writes one")
@@ -64,6 +78,8 @@ class FaceDataset(Dataset):
         present = set(list_images(self.root))
         rows, self.names = self._match(names, present, sample_file_ending)
         found = len(rows)
+        people = (PurePosixPath(name).parent.name for name in self.names)
+        excluded = read_identity_list(exclude_identities_file, "dataset.exclude_identities_file", people)
         keep = [i for i, name in enumerate(self.names) if PurePosixPath(name).parent.name not in excluded]
         rows, self.names = [rows[i] for i in keep], [self.names[i] for i in keep]
         if not rows:
