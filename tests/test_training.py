@@ -186,6 +186,11 @@ def test_a_run_goes_on_with_its_own_network_only(compose, overrides, tmp_path):
     run(compose("train_config", *overrides, f"output_dir={tmp_path}", "training.steps=1"))
     with pytest.raises(UserError, match=r"model\.context_channels: 64, but .* holds a run with 32; give another"):
         run(compose("train_config", *overrides, f"output_dir={tmp_path}", "model.context_channels=64"))
+    save_torch(
+        {"kind": "autoencoder", "config": {}, "step": 1}, tmp_path / "other" / "checkpoints" / "step_00000001.ckpt"
+    )
+    with pytest.raises(UserError, match="other holds checkpoints of kind 'autoencoder'; give another folder"):
+        run(compose("train_config", *overrides, f"output_dir={tmp_path / 'other'}"))
     free = ("model.context_dropout_probability=0.5", "training.steps=2")
     assert run(compose("train_config", *overrides, f"output_dir={tmp_path}", *free))["loss"] > 0
 
