@@ -103,9 +103,9 @@ def test_people_to_test_on_are_left_out(options, embedder, tmp_path, caplog):
     assert "b" not in read_contexts(Path(options.output_dir) / "contexts.npy")[0]
     assert "exclude_identities_file: 1 of the 2 identities" in caplog.text
     people.write_text("nobody\n")
-    run(replace(options, exclude_identities_file=str(people), output_dir=str(tmp_path / "all")), embedder)
-    assert "none of the 1 lines of" in caplog.text
-    assert "b" in read_contexts(tmp_path / "all" / "contexts.npy")[0]
+    with pytest.raises(UserError, match=r"exclude_identities_file: none of the 1 lines of .* names an identity"):
+        run(replace(options, exclude_identities_file=str(people), output_dir=str(tmp_path / "all")), embedder)
+    assert not (tmp_path / "all").exists()
 
 
 def test_width_and_uncropped_images_are_told(options, embedder, caplog):

@@ -19,8 +19,8 @@ log = get_logger(__name__)
 def read_identity_list(path: str | Path | None, key: str, present: Iterable[str]) -> frozenset[str]:
     """Those of the identities `present` that the file names, one a line; none for None.
 
-    Says how many they are, and warns where they are none: a list of other names would leave everybody in. UserError
-    when the named file does not exist or is no text.
+    Says how many they are. UserError where the file names nobody who is here (everybody would be left in), does not
+    exist or is no text.
     """
     if path is None:
         return frozenset()
@@ -31,10 +31,12 @@ def read_identity_list(path: str | Path | None, key: str, present: Iterable[str]
         raise UserError(f"{key}: {file} is not a text file in UTF-8; one identity a line is wanted") from error
     named = {line.strip() for line in lines if line.strip()}
     found = named & set(present)
-    if found:
-        log.info("%s: %d of the %d identities in %s are here and left out", key, len(found), len(named), file)
-    else:
-        log.warning("%s: none of the %d lines of %s names an identity that is here", key, len(named), file)
+    if not found:
+        raise UserError(
+            f"{key}: none of the {len(named)} lines of {file} names an identity that is here; one name of a folder a "
+            "line is wanted (leave the key out where nobody is to be left out)"
+        )
+    log.info("%s: %d of the %d identities in %s are here and left out", key, len(found), len(named), file)
     return frozenset(found)
 
 
@@ -78,7 +80,7 @@ class FaceDataset(Dataset):
         present = set(list_images(self.root))
         rows, self.names = self._match(names, present, sample_file_ending)
         found = len(rows)
-        people = (PurePosixPath(name).parent.name for name in self.names)
+        people = (PurePosixPath(name).parent.name for name in present)  # embeddings may lack them already
         excluded = read_identity_list(exclude_identities_file, "dataset.exclude_identities_file", people)
         keep = [i for i, name in enumerate(self.names) if PurePosixPath(name).parent.name not in excluded]
         rows, self.names = [rows[i] for i in keep], [self.names[i] for i in keep]
