@@ -25,8 +25,10 @@ def main(cfg: DictConfig) -> dict[str, float]:
     loop = settings(
         OmegaConf.masked_copy(cfg.training, [k for k in cfg.training if k not in GROUPS]), TrainingSettings, "training"
     )
-    factories = [instantiate(cfg.training[name], f"training.{name}") for name in GROUPS]
-    factories[1](torch.optim.SGD([torch.zeros(1)], lr=1.0))  # a schedule that cannot be is told before data are read
+    factories = {name: instantiate(cfg.training[name], f"training.{name}") for name in GROUPS}
+    factories["lr_scheduler"](
+        torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    )  # one that cannot be is told before data are read
     check_wandb(loop.wandb_project)
     device = distributed.device(loop.device)
 
@@ -41,7 +43,7 @@ def main(cfg: DictConfig) -> dict[str, float]:
     dataset = instantiate(cfg.dataset, "dataset")
     _check_contexts(cfg, dataset)
     _check_size(cfg, unet, first_stage, device)
-    return train(unet, schedule, dataset, first_stage, *factories, loop, Path(cfg.output_dir), plain(cfg))
+    return train(unet, schedule, dataset, first_stage, *factories.values(), loop, Path(cfg.output_dir), plain(cfg))
 
 
 def _check_contexts(cfg: DictConfig, dataset: object) -> None:

@@ -280,8 +280,6 @@ def _check_same_run(state: dict[str, Any], first_stage: FirstStage, config: dict
 
 def _restore(state: dict[str, Any], unet: nn.Module, ema: EMA, optimizer: Any, lr_scheduler: Any, scaler: Any) -> int:
     """Put a checkpoint's state into the objects; the number of steps done."""
-    if state.get("kind") != "diffusion":
-        raise UserError(f"output_dir: its checkpoints are of kind {state.get('kind')!r}; give another folder")
     strict_load(unet, state["model"], "the checkpoint in output_dir (or training.checkpoint.path)")
     ema.load_state_dict({"num_updates": state["ema_updates"], "model": state["ema"]})
     optimizer.load_state_dict(state["optimizer"])
