@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
-from recognition.backbones import BACKBONES, build_backbone, load_backbone, save_backbone
+from recognition.backbones import BACKBONES, build_backbone, load_backbone, num_parameters, save_backbone
 from tests.compat import fill_deterministic, load_arrays, load_shapes, relative_error
 from utils.checkpoint import save_safetensors
 from utils.config import CONFIG_DIR, UserError
@@ -31,6 +32,7 @@ def test_names() -> None:
         *(f"ir_{d}" for d in depths),
         *(f"ir_se_{d}" for d in depths),
         *(f"iresnet{d}" for d in iresnet_depths),
+        "mobilefacenet",
     ) == BACKBONES
 
 
@@ -41,7 +43,7 @@ def test_every_name_has_a_config_that_says_it(compose) -> None:
         assert compose("recognition_train_config", f"backbone={name}").backbone.name == name
 
 
-@pytest.mark.parametrize("name", ["ir_34", "ir_se_18", "ir_se_152", "iresnet34"])
+@pytest.mark.parametrize("name", ["ir_34", "ir_se_18", "ir_se_152", "iresnet34", "mobilefacenet"])
 def test_each_family_maps_images_to_features(name: str) -> None:
     backbone = build_backbone(name, input_size=32, num_features=48, width=0.125)
     out = backbone(torch.zeros(2, 3, 32, 32))
@@ -70,8 +72,46 @@ def test_width_and_stem_make_it_smaller_and_input_size_only_changes_the_last_lin
     assert full.body[7].res_layer[4].weight.shape == small.body[7].res_layer[4].weight.shape
 
 
-def test_file_round_trip(tmp_path) -> None:
-    backbone = fill_deterministic(build_backbone("ir_se_18", input_size=32, num_features=16, width=0.25, dropout=0.1))
+# Trainable parameters in millions
+MILLIONS = {
+    **{"ir_18": 24.02, "ir_34": 34.13, "ir_50": 43.59, "ir_101": 65.15, "ir_152": 109.64, "ir_200": 114.14},
+    **{"ir_se_18": 24.11, "ir_se_34": 34.29, "ir_se_50": 43.81},
+    **{"ir_se_101": 65.52, "ir_se_152": 116.21, "ir_se_200": 121.24},
+    **{"iresnet18": 24.03, "iresnet34": 34.14, "iresnet50": 43.59, "iresnet100": 65.16, "iresnet200": 118.83},
+    "mobilefacenet": 1.20,
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_builds_with_its_number_of_parameters(name: str) -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(name)
+    assert num_parameters(backbone) / 1e6 == pytest.approx(MILLIONS[name], abs=0.005)
+
+
+def test_mobilefacenet_is_table_1_of_its_paper() -> None:
+    with torch.device("meta"):
+        backbone = build_backbone("mobilefacenet", num_features=128)
+        x, sides = torch.empty(2, 3, 112, 112), []
+        for layer in (*backbone.stem, *backbone.body, *backbone.output_layer[:2]):
+            x = layer(x)
+            sides.append(x.shape[-1])
+    assert sides == [56] * 2 + [28] * 5 + [14] * 7 + [7] * 4 + [1]
+    units = [(unit.depthwise[0].in_channels, unit.project[0].out_channels, unit.has_shortcut) for unit in backbone.body]
+    assert units == [
+        *[(128, 64, False), *[(128, 64, True)] * 4],
+        *[(256, 128, False), *[(256, 128, True)] * 6],
+        *[(512, 128, False), *[(256, 128, True)] * 2],
+    ]
+    assert backbone.output_layer[1][0].weight.shape == (512, 1, 7, 7)
+    norms = sum(num_parameters(module) for module in backbone.modules() if isinstance(module, nn.BatchNorm2d))
+    folded = num_parameters(backbone) - norms // 2  # a batch norm folded into its convolution leaves a bias
+    assert folded == 993_216  # 0.99 million in the paper
+
+
+@pytest.mark.parametrize("name", ["ir_se_18", "mobilefacenet"])
+def test_file_round_trip(tmp_path, name: str) -> None:
+    backbone = fill_deterministic(build_backbone(name, input_size=32, num_features=16, width=0.25, dropout=0.1))
     save_backbone(backbone, tmp_path / "backbone.safetensors")
     loaded = load_backbone(tmp_path / "backbone.safetensors")
     assert loaded.config == backbone.config
@@ -113,6 +153,8 @@ def test_published_files_are_recognised(tmp_path, name: str, prefix: str, affine
         ({"name": "ir_18", "dropout": 1.0}, "dropout: 1.0"),
         ({"name": "ir_18", "num_features": 0}, "num_features: 0"),
         ({"name": "iresnet18", "affine_output": True}, "affine_output"),
+        ({"name": "mobilefacenet", "input_size": 96, "stem_stride": 2}, "stem_stride: 2; mobilefacenet.*wants 1"),
+        ({"name": "mobilefacenet", "bottleneck": True}, "backbone.bottleneck: they belong to the IR networks"),
         ({"name": "iresnet18", "inner_norm": False}, "inner_norm, backbone.bottleneck: they belong to the IR networks"),
     ],
 )

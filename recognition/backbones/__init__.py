@@ -14,6 +14,7 @@ from torch import nn
 from recognition.backbones.adapter import InputAdapter
 from recognition.backbones.ir import BOTTLENECK_FROM, IR_DEPTHS, IRBackbone
 from recognition.backbones.iresnet import IRESNET_DEPTHS, IResNet
+from recognition.backbones.mobilefacenet import MobileFaceNet
 from utils.checkpoint import save_safetensors, strict_load, with_counters
 from utils.config import UserError
 from utils.networks import BACKBONE, NetworkFile, open_network_file
@@ -22,6 +23,7 @@ BACKBONES = (
     *(f"ir_{depth}" for depth in IR_DEPTHS),
     *(f"ir_se_{depth}" for depth in IR_DEPTHS),
     *(f"iresnet{depth}" for depth in IRESNET_DEPTHS),
+    "mobilefacenet",
 )
 STRIDE = 16  # four stages that halve the side
 
@@ -45,8 +47,8 @@ def build_backbone(
         input_size: side of the input in pixels, a multiple of 16 (of 32 when `stem_stride` is 2).
         num_features: width of the embedding.
         width: multiplier of every channel count (1: as published; less: small models for the CPU).
-        dropout: probability before the last linear layer; None: 0.4 for IR, 0 for iresnet, as published.
-        stem_stride: stride of the first convolution; 1 as published, 2 quarters the cost.
+        dropout: probability before the last linear layer; None: 0.4 for IR, else 0, as published.
+        stem_stride: stride of the first convolution of IR and iresnet; 1 as published, 2 quarters the cost.
         affine_output: whether the last batch norm is affine; None: as its family. face.evoLVe's IR files want True.
         inner_norm: whether an IR unit has a batch norm between its first convolution and PReLU; face.evoLVe's and
             CurricularFace's have none.
@@ -77,15 +79,26 @@ def build_backbone(
         raise UserError(f"backbone.dropout: {dropout}; it must be in [0, 1)")
 
     shape = {"input_size": input_size, "num_features": num_features, "width": width, "stem_stride": stem_stride}
-    if name.startswith("iresnet"):
-        if affine_output is not None:
-            raise UserError(
-                f"backbone.affine_output: {affine_output}; it belongs to the IR networks, {name} wants null"
-            )
+    if not name.startswith("ir_"):
         if bottleneck is not None or not inner_norm:
             raise UserError(f"backbone.inner_norm, backbone.bottleneck: they belong to the IR networks, not to {name}")
         dropout = 0.0 if dropout is None else dropout
-        backbone: nn.Module = IResNet(int(name.removeprefix("iresnet")), dropout=dropout, **shape)
+    if name == "mobilefacenet":
+        if stem_stride != 1:
+            raise UserError(f"backbone.stem_stride: {stem_stride}; {name} has a stem of its own and wants 1")
+        backbone: nn.Module = MobileFaceNet(
+            input_size=input_size,
+            num_features=num_features,
+            width=width,
+            dropout=dropout,
+            affine_output=bool(affine_output),
+        )
+    elif name.startswith("iresnet"):
+        if affine_output is not None:
+            raise UserError(
+                f"backbone.affine_output: {affine_output}; it belongs to the other networks, {name} wants null"
+            )
+        backbone = IResNet(int(name.removeprefix("iresnet")), dropout=dropout, **shape)
     else:
         dropout = 0.4 if dropout is None else dropout
         depth = int(name.rsplit("_", 1)[1])
