@@ -1,5 +1,7 @@
 """Recognition backbones: names, shapes and numbers of the published networks; files; settings that cannot work."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -10,10 +12,16 @@ from utils.checkpoint import save_safetensors
 from utils.config import CONFIG_DIR, UserError
 
 
+@cache
+def on_meta(name: str) -> nn.Module:
+    """The published network without values; nothing may change it."""
+    with torch.device("meta"):
+        return build_backbone(name)
+
+
 @pytest.mark.parametrize("name", ["IR_18", "IR_50", "IR_101", "IR_SE_50"])
 def test_keys_and_shapes_are_the_published_ones(name: str) -> None:
-    with torch.device("meta"):
-        state = build_backbone(name.lower()).state_dict()
+    state = on_meta(name.lower()).state_dict()
     assert {key: tuple(value.shape) for key, value in state.items()} == load_shapes(f"tface_{name}")
 
 
@@ -56,8 +64,7 @@ def test_each_family_maps_images_to_features(name: str) -> None:
     [("ir_34", 16, 512), ("ir_152", 50, 2048), ("ir_200", 66, 2048), ("ir_se_101", 49, 512)],
 )
 def test_units_and_widths(name: str, units: int, widest: int) -> None:
-    with torch.device("meta"):
-        backbone = build_backbone(name)
+    backbone = on_meta(name)
     assert len(backbone.body) == units
     assert backbone.output_layer[0].num_features == widest
 
@@ -84,9 +91,7 @@ MILLIONS = {
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_builds_with_its_number_of_parameters(name: str) -> None:
-    with torch.device("meta"):
-        backbone = build_backbone(name)
-    assert num_parameters(backbone) / 1e6 == pytest.approx(MILLIONS[name], abs=0.005)
+    assert num_parameters(on_meta(name)) / 1e6 == pytest.approx(MILLIONS[name], abs=0.005)
 
 
 def test_mobilefacenet_is_table_1_of_its_paper() -> None:
