@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from utils.config import UserError
+from utils.fast_decode import decode_plain
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # Width of the identity blocks in use: (tile size, columns), as sampled and as aligned.
@@ -48,6 +49,9 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     Grey, palette and CMYK images are converted, 16-bit ones scaled to 8 bits, transparent pixels laid over black, and
     the camera's orientation tag is obeyed. Raises UserError naming `name` where the data are no readable image.
     """
+    plain = decode_plain(data)
+    if plain is not None:
+        return plain
     with _opened(io.BytesIO(data), name) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey, as I;16 or widened to 32 bits
