@@ -8,27 +8,16 @@ The same command goes on where a killed run stopped. Settings: configs/recogniti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
 from recognition.augment import Augmentation
-from recognition.datasets import IdentityDataset, read_training_set
+from recognition.datasets import DatasetSettings, IdentityDataset, open_training_set
 from recognition.training_loop import TrainingSettings, train
 from utils.config import check_keys, entry_point, instantiate, plain, settings
 from utils.distributed import seed_for
-
-
-@dataclass
-class DatasetSettings:
-    """The `dataset` section of recognition_train_config.yaml."""
-
-    root: str
-    exclude_identities_file: str | None = None
-    min_images_per_identity: int = 1
-    cache_in_memory: bool = False
 
 
 @entry_point("recognition_train_config")
@@ -37,11 +26,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     training = settings(cfg.training, TrainingSettings, "training")
     data = settings(cfg.dataset, DatasetSettings, "dataset")
     augment = settings(cfg.augment, Augmentation, "augment")
-    source = read_training_set(
-        data.root,
-        exclude_identities_file=data.exclude_identities_file,
-        min_images_per_identity=data.min_images_per_identity,
-    )
+    source = open_training_set(data)
 
     torch.manual_seed(seed_for(training.seed, "weights"))
     backbone = instantiate(cfg.backbone, "backbone")

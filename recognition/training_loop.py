@@ -15,17 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from recognition.backbones import num_parameters, save_backbone
-from recognition.datasets import IdentityDataset, StepBatches, collate
+from recognition.datasets import IdentityDataset, StepBatches, load_batches
 from recognition.heads import CosineHead
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, strict_load, write_json
 from utils.config import UserError
 from utils.distributed import seed_for
-from utils.images import default_threads, to_float
+from utils.images import to_float
 from utils.logging import ScalarLogger, get_logger
 from utils.precision import DTYPES, autocast, warn_of_emulation
 
@@ -178,14 +177,9 @@ def train(
         seed=settings.seed,
         rank=rank,
         world_size=world_size,
+        parts=dataset.source.parts,
     )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=min(settings.num_workers, default_threads()),
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-    )
+    loader = load_batches(dataset, batches, num_workers=settings.num_workers, pin_memory=device.type == "cuda")
 
     parallel: nn.Module = model
     if world_size > 1:
