@@ -20,6 +20,9 @@ from recognition.training_sets import DatasetSettings, TrainingSet, open_trainin
 from utils.data.prefetch import prefetch
 from utils.distributed import seed_for
 from utils.images import centre_square, default_threads, load_images, resize
+from utils.logging import get_logger
+
+log = get_logger(__name__)
 
 
 class IdentityDataset(Dataset):
@@ -44,7 +47,8 @@ class IdentityDataset(Dataset):
             pixels = self.cache[index]
         else:
             pixels = resize(centre_square(self.source.pixels(index)), self.size)
-        generator = np.random.Generator(np.random.PCG64(seed_for(self.seed, "augment", number, index)))
+        # Philox takes a key as it is; others spend longer on spreading their seed than on the draws of an image
+        generator = np.random.Generator(np.random.Philox(key=seed_for(self.seed, "augment", number, index)))
         return self.augment(pixels, generator), int(self.source.labels[index])
 
 
@@ -62,6 +66,9 @@ def load_batches(
     `num_workers` processes of one thread each (torch sees to that), at most one a processor; with 0 a thread of this
     process.
     """
+    if batches.shares:
+        shares = ", ".join(f"{count} of {name}" for name, count in batches.shares.items())
+        log.info("every step's %d images: %s", batches.global_batch, shares)
     workers = min(num_workers, default_threads())
     loader = DataLoader(
         dataset,

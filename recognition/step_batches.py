@@ -10,9 +10,6 @@ from torch.utils.data import Sampler
 from recognition.training_sets import SetPart
 from utils.config import UserError
 from utils.distributed import seed_for
-from utils.logging import get_logger
-
-log = get_logger(__name__)
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
@@ -49,8 +46,10 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
             )
         self.seed, self.first_step, self.last_step = seed, first_step, last_step
         self.mine = slice(rank * batch_size, (rank + 1) * batch_size)
+        self.shares: dict[str, int] = {}  # images of a global batch by set, where sets have weights
         if parts and parts[0].weight is not None:
             counts = batch_shares(parts, self.global_batch)
+            self.shares = {part.name: count for part, count in zip(parts, counts, strict=True)}
             self.streams = [
                 _Stream(part.start, part.stop, count, (seed, "order", k))
                 for k, (part, count) in enumerate(zip(parts, counts, strict=True))
@@ -110,6 +109,4 @@ def batch_shares(parts: Sequence[SetPart], global_batch: int) -> list[int]:
                 f"dataset.sets[{k}].weight: {part.weight:g} is {count} of the {global_batch} images of a step, but "
                 f"{part.name} holds only {part.stop - part.start}"
             )
-    shares = ", ".join(f"{count} of {part.name}" for part, count in zip(parts, counts, strict=True))
-    log.info("every batch of %d images: %s", global_batch, shares)
     return counts.tolist()

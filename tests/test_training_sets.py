@@ -119,10 +119,9 @@ def batches(parts=PARTS, **kwargs) -> StepBatches:
     return StepBatches(**values, parts=parts)
 
 
-def test_every_batch_holds_each_sets_share(caplog) -> None:
-    with caplog.at_level(logging.INFO):
-        steps = list(batches())
-    assert "every batch of 8 images: 6 of real, 2 of made" in caplog.text
+def test_every_batch_holds_each_sets_share() -> None:
+    steps = list(batches())
+    assert batches().shares == {"real": 6, "made": 2}
     assert all(Counter(index < 30 for _, index in step) == {True: 6, False: 2} for step in steps)
     # A pass of the first set takes 5 steps, one of the second 10: each image once
     first = [item for step in steps[:5] for item in step if item[1] < 30]
@@ -181,7 +180,8 @@ def test_a_worker_has_one_thread() -> None:
     assert [int(n) for n in DataLoader(Threads(), num_workers=1)] == [1]
 
 
-def test_load_batches_gives_the_items_in_order_whatever_the_workers(sets: Path) -> None:
+def test_load_batches_gives_the_items_in_order_whatever_the_workers(sets: Path, caplog) -> None:
+    caplog.set_level(logging.INFO)
     source = opened({"root": str(sets / "real"), "weight": 1}, {"root": str(sets / "made"), "weight": 1})
     augment = Augmentation(flip=0.5, crop=0.5, photometric=0.5)
     results = []
@@ -189,12 +189,13 @@ def test_load_batches_gives_the_items_in_order_whatever_the_workers(sets: Path) 
         dataset = IdentityDataset(source, size=8, augment=augment, seed=3, cache_in_memory=cached)
         order = StepBatches(24, batch_size=6, first_step=1, last_step=5, seed=3, parts=source.parts)
         results.append(list(load_batches(dataset, order, num_workers=workers)))
+    assert caplog.text.count("every step's 6 images: 3 of real, 3 of made") == 3
     for step, ((pixels, labels), *others) in enumerate(zip(*results, strict=True), start=1):
         assert pixels.dtype == torch.uint8 and pixels.shape == (6, 8, 8, 3) and labels.dtype == torch.int64
         assert labels.tolist() == [source.labels[index] for _, index in order.batch(step)]
         assert all(torch.equal(pixels, p) and torch.equal(labels, own) for p, own in others)
     number, index = order.batch(4)[0]
-    generator = np.random.Generator(np.random.PCG64(seed_for(3, "augment", number, index)))
+    generator = np.random.Generator(np.random.Philox(key=seed_for(3, "augment", number, index)))
     assert np.array_equal(results[0][3][0][0].numpy(), augment(source.pixels(index), generator))
 
 
