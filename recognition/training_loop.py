@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from recognition.backbones import num_parameters, save_backbone
 from recognition.datasets import IdentityDataset, StepBatches, collate
-from recognition.heads import CosineHead
+from recognition.heads import CosineHead, embedding_norms
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, strict_load, write_json
 from utils.config import UserError
@@ -98,8 +98,9 @@ class Recogniser(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, S, S) in [-1, 1], labels (B,) => float32 logits (B, K) with margin, hits (B,) bool without."""
-        cosine = self.head.cosine(self.backbone(images))  # (B, K)
-        return self.head.logits(cosine, labels), cosine.detach().argmax(dim=1) == labels
+        embeddings = self.backbone(images)  # (B, D)
+        cosine = self.head.cosine(embeddings)  # (B, K)
+        return self.head.logits(cosine, labels, embedding_norms(embeddings)), cosine.detach().argmax(dim=1) == labels
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_batch_norm: bool) -> list[dict[str, Any]]:
