@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from recognition.datasets import IdentityDataset, StepBatches, collate
+from recognition.datasets import IdentityDataset, StepBatches, load_batches
 from recognition.heads import CosineHead
 from recognition.lr_schedules import LRSchedule
 from recognition.partial_fc import Classified, PartialFC
@@ -45,7 +44,7 @@ from utils.config import UserError
 from utils.curves import CURVES, plot_metrics
 from utils.distributed import seed_for
 from utils.guards import FiniteSteps, save_or_warn, write_or_warn
-from utils.images import default_threads, to_float
+from utils.images import to_float
 from utils.interruption import StopRequest
 from utils.logging import ScalarLogger, check_wandb, get_logger
 from utils.metrics_file import MetricsFile, report
@@ -138,12 +137,8 @@ def train(
         net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
     net.train()
     classifier.train()
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches(first_step, last_step),
-        num_workers=min(cfg.num_workers, default_threads()),
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
+    loader = load_batches(
+        dataset, batches(first_step, last_step), num_workers=cfg.num_workers, pin_memory=device.type == "cuda"
     )
     epoch_tally, logging_tally = (Tally(sums, device) for sums in (progress.epoch_sums, progress.logging_sums))
     finite_steps = FiniteSteps(cfg.max_bad_steps, progress.skipped_steps)
@@ -256,6 +251,7 @@ def _batches(dataset: IdentityDataset, cfg: TrainingSettings, first_step: int, l
         seed=cfg.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        parts=dataset.source.parts,
     )
 
 
@@ -287,7 +283,7 @@ def _backward(
         share = len(labels[part]) / len(labels)
         with distributed.no_sync(net, waits=first + size < len(labels)):
             # uint8 (b, S, S, 3) pixels => float32 (b, 3, S, S) in [-1, 1] => embeddings (b, D)
-            images = to_float(pixels[part].to(labels.device, non_blocking=True)).contiguous(memory_format=memory_format)
+            images = to_float(pixels[part].to(labels.device, non_blocking=True), memory_format)
             with autocast(labels.device, cfg.precision):
                 embeddings = net(images)
             embeddings = embeddings.float()

@@ -168,10 +168,15 @@ def centre_square(image: np.ndarray) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
-def to_float(images: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """uint8 (..., H, W, 3) pixels => float32 (..., 3, H, W) in [-1, 1]: (x / 255 - 0.5) / 0.5."""
+def to_float(
+    images: np.ndarray | torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:
+    """uint8 (..., H, W, 3) pixels => float32 (..., 3, H, W) in [-1, 1]: (x / 255 - 0.5) / 0.5.
+
+    `memory_format`: torch.channels_last, for (B, H, W, 3) only, is how pixels lie already and saves reordering them.
+    """
     tensor = torch.from_numpy(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images
-    return tensor.movedim(-1, -3).float().contiguous().div_(127.5).sub_(1.0)
+    return tensor.movedim(-1, -3).float().contiguous(memory_format=memory_format).div_(127.5).sub_(1.0)
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
