@@ -5,7 +5,6 @@ whole global batch from a generator seeded with both, and every rank takes its s
 resumed ends with the same weights as one that was not, and two processes compute what one does with twice the batch.
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -236,7 +235,7 @@ def _backward(
     total = torch.zeros((), device=batch.x_0.device)
     for number, part in enumerate(parts):
         share = len(part.x_0) / len(batch.x_0)
-        with _no_sync(net, number < len(parts) - 1), autocast(batch.x_0.device, cfg.precision):
+        with distributed.no_sync(net, number < len(parts) - 1), autocast(batch.x_0.device, cfg.precision):
             loss = share * training_loss(
                 net,
                 part.x_0,
@@ -247,15 +246,10 @@ def _backward(
                 empty_mask=part.empty_mask,
                 element_mask=part.element_mask,
             )
-        with _no_sync(net, number < len(parts) - 1):
+        with distributed.no_sync(net, number < len(parts) - 1):
             scaler.scale(loss).backward()
         total += loss.detach()
     return total
-
-
-def _no_sync(net: nn.Module, waits: bool) -> contextlib.AbstractContextManager:
-    """Gradients are exchanged between ranks with the last part of a batch only."""
-    return net.no_sync() if waits and isinstance(net, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def _check_same_run(state: dict[str, Any], first_stage: FirstStage, config: dict[str, Any], output_dir: Path) -> None:

@@ -1,313 +1,304 @@
 """The recogniser's training loop: margin-softmax classification of identities.
 
-Legend: B batch of one process, S side in pixels, K identities.
+A step depends on (seed, step) alone: data order, augmentation, random margins and the classes that Partial FC samples
+are drawn from both. So a run that was killed and resumed ends with the same weights as one that was not, and without
+batch norm, dropout and sampling two processes compute what one does with twice the batch.
+
+Legend: B images of one process, S side in pixels, D width of the embedding.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from recognition.backbones import num_parameters, save_backbone
-from recognition.datasets import IdentityDataset, StepBatches, collate
-from recognition.heads import CosineHead, embedding_norms
+from recognition.datasets import IdentityDataset, StepBatches, load_batches
+from recognition.heads import CosineHead
+from recognition.lr_schedules import LRSchedule
+from recognition.partial_fc import Classified, PartialFC
+from recognition.training_outputs import Validate, finished_metrics, leave_files, report_epoch, validate_epoch
+from recognition.training_settings import TrainingSettings
+from recognition.training_state import (
+    Progress,
+    RunningStatistics,
+    Tally,
+    Trainee,
+    checkpoint_state,
+    parameter_groups,
+    restore,
+)
 from utils import distributed
-from utils.checkpoint import CheckpointFolder, strict_load, write_json
+from utils.checkpoint import CheckpointFolder
 from utils.config import UserError
+from utils.curves import CURVES, plot_metrics
 from utils.distributed import seed_for
-from utils.images import default_threads, to_float
-from utils.logging import ScalarLogger, get_logger
-from utils.precision import DTYPES, autocast, warn_of_emulation
+from utils.guards import FiniteSteps, save_or_warn, write_or_warn
+from utils.images import to_float
+from utils.interruption import StopRequest
+from utils.logging import ScalarLogger, check_wandb, get_logger
+from utils.metrics_file import MetricsFile, report
+from utils.precision import autocast, warn_of_emulation
 
 log = get_logger(__name__)
 
-KIND = "recognition_training"
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
+class Watch(Protocol):
+    """What looks after a run."""
 
-@dataclass
-class TrainingSettings:
-    """The `training` section of recognition_train_config.yaml."""
-
-    epochs: int = 40
-    batch_size: int = 64  # images a step of one process
-    steps_per_epoch: int | None = None  # None: one pass over the images
-    lr: float = 0.1
-    milestones: list[int] = field(default_factory=lambda: [22, 28, 32])  # 0-based epochs that begin with a lower rate
-    lr_factor: float = 0.1  # of the rate at every milestone
-    warmup_epochs: float = 0.0  # the rate rises linearly from 0 over these
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    decay_batch_norm: bool = False  # True: batch norms are decayed as well, which the published code does
-    gradient_clip: float | None = None  # largest norm of the gradient
-    precision: str = "fp32"
-    channels_last: bool = False
-    num_workers: int = 4
-    seed: int = 0
-    device: str = "auto"
-    steps_between_logging: int = 50
-    steps_between_checkpoints: int | None = None  # None: at the end of every epoch
-    keep_checkpoints: int = 2
-
-    def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "steps_per_epoch",
-            "steps_between_logging",
-            "steps_between_checkpoints",
-            "gradient_clip",
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"training.{name}: {value}; it must be above 0")
-        for name in ("warmup_epochs", "weight_decay", "momentum", "num_workers", "lr_factor"):
-            if getattr(self, name) < 0:
-                raise UserError(f"training.{name}: {getattr(self, name)}; it must be at least 0")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise UserError(f"training.lr: {self.lr}; it must be above 0")
-        if self.precision not in DTYPES:
-            raise UserError(f"training.precision: {self.precision!r}; there are {', '.join(DTYPES)}")
-        if any(epoch < 0 for epoch in self.milestones) or sorted(self.milestones) != list(self.milestones):
-            raise UserError(f"training.milestones: {self.milestones}; rising epochs from 0 on are wanted")
-
-    def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of 0-based `step`."""
-        epoch = step // steps_per_epoch
-        rate = self.lr * self.lr_factor ** sum(epoch >= milestone for milestone in self.milestones)
-        warmup_steps = self.warmup_epochs * steps_per_epoch
-        return rate * min(1.0, (step + 1) / warmup_steps) if warmup_steps else rate
-
-
-class Recogniser(nn.Module):
-    """Backbone and head in one module, so that data parallelism sees every parameter in one backward pass."""
-
-    def __init__(self, backbone: nn.Module, head: CosineHead) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 3, S, S) in [-1, 1], labels (B,) => float32 logits (B, K) with margin, hits (B,) bool without."""
-        embeddings = self.backbone(images)  # (B, D)
-        cosine = self.head.cosine(embeddings)  # (B, K)
-        return self.head.logits(cosine, labels, embedding_norms(embeddings)), cosine.detach().argmax(dim=1) == labels
-
-
-def parameter_groups(model: nn.Module, weight_decay: float, decay_batch_norm: bool) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups for the optimiser: decayed, and (batch norms) not decayed."""
-    norms = {
-        id(p) for m in model.modules() if isinstance(m, BATCH_NORMS) and not decay_batch_norm for p in m.parameters()
-    }
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trainable if id(p) not in norms], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if id(p) in norms], "weight_decay": 0.0},
-    ]
+    def look(self, step: int, result: Classified) -> dict[str, float]:
+        """Called with each reported step (from 1 on), on every process; numbers for the log."""
 
 
 def train(
     backbone: nn.Module,
     head: CosineHead,
     dataset: IdentityDataset,
-    settings: TrainingSettings,
+    make_optimizer: Callable[..., torch.optim.Optimizer],
+    lr_schedule: LRSchedule,
+    cfg: TrainingSettings,
     output_dir: str | Path,
     config: dict[str, Any],
+    validate: Validate | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """Train to the end, from the newest checkpoint in `output_dir` where there is one.
+    """Train to the end, from the newest checkpoint in `output_dir` where there is one; a finished run is left alone.
 
-    Writes `<output_dir>/checkpoints/step_*.ckpt`, `backbone.safetensors`, `metrics.json`, TensorBoard scalars.
+    Writes `<output_dir>/checkpoints/step_*.ckpt`, `backbone.safetensors`, `backbone_best.safetensors` (of the best
+    validation), `metrics.json`, `metrics.jsonl`, `training.png`, TensorBoard scalars.
 
     Args:
+        head: the whole classifier (K, D), with the same weights on every process; each keeps its share of it.
+        make_optimizer: from parameter groups to the optimiser (config group optimizer).
         config: plain dictionary of the run's settings, kept in every checkpoint.
 
     Returns:
         What `metrics.json` holds.
 
     Raises:
-        UserError: a checkpoint of another run in `output_dir`, a loss that is not finite.
+        UserError: settings that do not fit together, a checkpoint of another run in `output_dir`, a loss or gradients
+            that are not finite.
     """
     output_dir = Path(output_dir)
-    rank, world_size = distributed.rank(), distributed.world_size()
-    device = distributed.device(settings.device)
-    warn_of_emulation(settings.precision, device)
-    global_batch = settings.batch_size * world_size
+    device = distributed.device(cfg.device)
+    warn_of_emulation(cfg.precision, device)
+    check_wandb(cfg.wandb_project)
+    if lr_schedule.needs_validation and validate is None:
+        raise UserError("training.lr_schedule: plateau goes by validation, and this run has no set to validate on")
     identities = dataset.source.identities
+    global_batch = cfg.batch_size * distributed.world_size()
+    steps_per_epoch = cfg.steps_per_epoch or max(1, len(dataset) // global_batch)
+    last_step = cfg.epochs * steps_per_epoch
+    batches = partial(_batches, dataset, cfg)
+    batches(0, last_step)  # a batch that cannot be is told before work
 
-    # Network, optimiser, loss scaling
-    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-    model = Recogniser(backbone, head).to(device, memory_format=memory_format)
-    optimizer = torch.optim.SGD(
-        parameter_groups(model, settings.weight_decay, settings.decay_batch_norm),
-        lr=settings.lr,
-        momentum=settings.momentum,
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+    # Backbone, classifier, optimiser, loss scaling
+    memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    if cfg.sync_batch_norm:
+        backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
+    backbone = backbone.to(device, memory_format=memory_format)
+    classifier = PartialFC(head, cfg.sample_rate, cfg.seed).to(device)
+    optimizer = make_optimizer(parameter_groups([backbone, classifier], cfg.decay_batch_norm))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    # Shards of the classifier differ: all processes must find a gradient too large where one does
+    make_scaler = ShardedGradScaler if distributed.world_size() > 1 else torch.amp.GradScaler
+    scaler = make_scaler(device.type, enabled=cfg.precision == "fp16")
+    trainee = Trainee(backbone, classifier, optimizer, scaler, lr_schedule)
 
     # The newest checkpoint of this folder
-    checkpoints = CheckpointFolder(output_dir / "checkpoints", keep=settings.keep_checkpoints)
-    first_step, history, seconds_before = 0, [], 0.0
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, hits, images of this process in this epoch
-    state = checkpoints.load_latest()
+    folder = CheckpointFolder(output_dir / "checkpoints", keep=cfg.keep_checkpoints)
+    run = {"identities": identities, "images_per_step": global_batch, "config": config}
+    progress = Progress()
+    state = folder.load_latest()
     if state is not None:
-        check_same_run(state, identities, global_batch, config, output_dir)
-        strict_load(model, state["model"], f"output_dir: the checkpoint in {output_dir}")
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty in a checkpoint of a run without fp16
-            scaler.load_state_dict(state["scaler"])
-        first_step, history, seconds_before = state["step"], state["history"], state["seconds"]
-        sums += torch.tensor(state["sums"], dtype=torch.float64) / world_size
-        log.info("resuming after step %d", first_step)
+        progress = restore(state, trainee, **run, output_dir=output_dir)
+        if progress.step >= last_step or lr_schedule.stops:
+            metrics = finished_metrics(progress, output_dir)
+            if metrics is None:
+                return leave_files(progress, backbone, dataset, global_batch, output_dir)
+            log.info("this run is finished (%d steps); its files are in %s", progress.step, output_dir)
+            return metrics
+        log.info("going on from step %d", progress.step)
+    first_step, seconds_before, start = progress.step, progress.seconds, time.perf_counter()
 
-    # Data: what a step sees depends on the seed and the step alone
-    steps_per_epoch = settings.steps_per_epoch or max(1, len(dataset) // global_batch)
-    last_step = settings.epochs * steps_per_epoch
-    batches = StepBatches(
-        len(dataset),
-        batch_size=settings.batch_size,
-        first_step=first_step,
-        last_step=last_step,
-        seed=settings.seed,
-        rank=rank,
-        world_size=world_size,
+    # From here on `net` computes the embeddings: compiled and wrapped, same weights
+    net: nn.Module = torch.compile(backbone) if cfg.compile else backbone
+    if distributed.world_size() > 1:
+        net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
+    net.train()
+    classifier.train()
+    loader = load_batches(
+        dataset, batches(first_step, last_step), num_workers=cfg.num_workers, pin_memory=device.type == "cuda"
     )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=min(settings.num_workers, default_threads()),
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-    )
-
-    parallel: nn.Module = model
-    if world_size > 1:
-        parallel = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-    parallel.train()
-    scalars = ScalarLogger(output_dir)
-    start = time.perf_counter()
+    epoch_tally, logging_tally = (Tally(sums, device) for sums in (progress.epoch_sums, progress.logging_sums))
+    finite_steps = FiniteSteps(cfg.max_bad_steps, progress.skipped_steps)
+    statistics = RunningStatistics([backbone, head])
+    scalars = ScalarLogger(output_dir, cfg.wandb_project, config)
+    metrics_file = MetricsFile(output_dir / "metrics.jsonl", first_step)
     log.info(
-        "%d images of %d identities, steps %d..%d of %d images, %d steps an epoch",
-        *(len(dataset), len(identities), first_step, last_step, global_batch, steps_per_epoch),
+        "%d images of %d identities, steps %d..%d of %d images, %d steps an epoch, %s on %s",
+        *(len(dataset), len(identities), first_step, last_step, global_batch, steps_per_epoch, cfg.precision, device),
     )
     bar = tqdm(total=last_step, initial=first_step, desc="recogniser", unit="step", disable=not distributed.is_main())
-    for step, (pixels, labels) in enumerate(loader, start=first_step):
-        lr = settings.lr_at(step, steps_per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed(seed_for(settings.seed, "dropout", step, rank))
+    images_seen, tick = 0, time.perf_counter()
+    with StopRequest() as stop:
+        for step, (pixels, labels) in enumerate(loader, start=first_step):
+            done = step + 1
+            factor = lr_schedule.at(step, steps_per_epoch, cfg.epochs)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            lr = rates[0] * factor
+            torch.manual_seed(seed_for(cfg.seed, "dropout", step, distributed.rank()))
+            statistics.remember()
 
-        # uint8 (B, S, S, 3) pixels => float32 (B, 3, S, S) in [-1, 1] => logits (B, K)
-        images = to_float(pixels.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
-        labels = labels.to(device, non_blocking=True)
-        with autocast(device, settings.precision):
-            logits, hits = parallel(images, labels)
-        loss = F.cross_entropy(logits, labels)
-
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        if settings.gradient_clip is not None:
+            # One step of the optimiser, unless the gradient is not finite
+            labels = labels.to(device, non_blocking=True)
+            classifier.begin_step(labels, step, optimizer)
+            optimizer.zero_grad(set_to_none=True)
+            result = _backward(net, classifier, pixels, labels, step, scaler, cfg, memory_format)
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        sums[0] += loss.detach() * len(labels)
-        sums[1] += hits.sum()
-        sums[2] += len(labels)
+            norm = nn.utils.get_total_norm([p.grad for p in backbone.parameters() if p.grad is not None])
+            files = partial(_names, dataset, batches(step, done))
+            taken = finite_steps.take(torch.hypot(norm, classifier.gradient_norm()), done, files)
+            if taken:
+                if cfg.gradient_clip is not None:
+                    nn.utils.clip_grads_with_norm_(backbone.parameters(), cfg.gradient_clip, norm)
+                scaler.step(optimizer)
+                classifier.end_step(optimizer)
+                epoch_tally.add(result)
+                logging_tally.add(result)
+            else:
+                statistics.put_back()
+            scaler.update()
+            images_seen += global_batch
+            bar.update()
 
-        # Reports and checkpoints; every process takes part in the means
-        done = step + 1
-        epoch_ends = done % steps_per_epoch == 0
-        interval = settings.steps_between_checkpoints
-        saves = done == last_step or (epoch_ends if interval is None else done % interval == 0)
-        if done % settings.steps_between_logging == 0 or saves or epoch_ends:
-            loss_now = distributed.all_reduce_mean(loss).item()
-            if not math.isfinite(loss_now):
+            # Log
+            last, epoch_ends = done == last_step, done % steps_per_epoch == 0
+            if done % cfg.steps_between_logging == 0 or last:
+                loss, accuracy = logging_tally.means()
+                speed = images_seen / (time.perf_counter() - tick)
+                values = {"lr": lr, "images_per_second": speed, "skipped_steps": float(finite_steps.skipped)}
+                if not math.isnan(loss):
+                    values |= {"loss": loss, "accuracy": accuracy}
+                    bar.set_postfix(loss=f"{loss:.3f}", img_s=f"{speed:.0f}", refresh=False)
+                if watch is not None:
+                    values |= watch.look(done, result)
+                write_or_warn("the log", partial(report, scalars, metrics_file, done, values))
+                logging_tally.clear()
+                images_seen, tick = 0, time.perf_counter()
+
+            # Validate, where an epoch ends
+            if epoch_ends:
+                epoch = done // steps_per_epoch
+                mean_loss, accuracy = epoch_tally.means()
+                epoch_tally.clear()
+                entry = {"epoch": epoch, "loss": mean_loss, "accuracy": accuracy, "lr": lr}
+                if validate is not None and (epoch % cfg.epochs_between_validation == 0 or last):
+                    entry["validation"] = validate_epoch(validate, backbone, epoch, progress, lr_schedule, output_dir)
+                    tick, images_seen = time.perf_counter(), 0
+                progress.history.append(entry)
+                report_epoch(entry, scalars, done)
+            ends = last or (epoch_ends and lr_schedule.stops)
+
+            # Save; a SIGTERM to any process ends the run after a checkpoint
+            sound = taken or bool(torch.isfinite(result.loss))
+            if ends and not sound:
                 raise UserError(
-                    f"training.lr: the loss is {loss_now} at step {done} with lr {lr:g}; lower the rate, add "
-                    "warmup_epochs or a gradient_clip"
+                    f"training.optimizer.lr: the loss is {result.loss.item()} at the last step, {done}, with lr "
+                    f"{lr:g}; lower the rate, add training.lr_schedule.warmup_epochs or a training.gradient_clip"
                 )
-            scalars.scalars({"train/loss": loss_now, "train/lr": lr}, done)
-            bar.set_postfix(loss=f"{loss_now:.3f}", refresh=False)
-        bar.update()
-        if epoch_ends:
-            means = distributed.all_reduce_mean(sums)
-            mean_loss, accuracy = (means[:2] / means[2]).tolist()
-            sums.zero_()
-            epoch = done // steps_per_epoch
-            history.append({"epoch": epoch, "loss": mean_loss, "accuracy": accuracy, "lr": lr})
-            scalars.scalars({"epoch/loss": mean_loss, "epoch/accuracy": accuracy}, done)
-            log.info("epoch %d: loss %.4f, training accuracy %.4f, lr %g", epoch, mean_loss, accuracy, lr)
-        if saves:
-            totals = (distributed.all_reduce_mean(sums) * world_size).tolist()
-            if distributed.is_main():
-                state = {
-                    "kind": KIND,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "identities": identities,
-                    "images_per_step": global_batch,
-                    "history": history,
-                    "sums": totals,
-                    "seconds": seconds_before + time.perf_counter() - start,
-                    "config": config,
-                }
-                checkpoints.save(done, state)
+            stops = stop.agreed() and sound
+            interval = cfg.steps_between_checkpoints
+            due = ends or stops or (epoch_ends if interval is None else done % interval == 0)
+            if due and sound:  # weights that give no finite loss are no place to go on from
+                progress.step, progress.skipped_steps = done, finite_steps.skipped
+                progress.epoch_sums, progress.logging_sums = epoch_tally.tolist(), logging_tally.tolist()
+                progress.seconds = seconds_before + time.perf_counter() - start
+                state = checkpoint_state(trainee, progress, **run)
+                if distributed.is_main():
+                    save_or_warn(partial(folder.save, done, state), last=ends or stops)
+                    write_or_warn("the curves", partial(plot_metrics, metrics_file.path, output_dir / CURVES))
+                distributed.barrier()
+            if stops and not ends:
+                bar.close()
+                scalars.close()
+                stop.leave(done)
+            if ends:
+                break
     bar.close()
     scalars.close()
-
-    seconds = seconds_before + time.perf_counter() - start
-    metrics = {
-        "identities": len(identities),
-        "images": len(dataset),
-        "parameters": num_parameters(backbone),
-        "steps": last_step,
-        "loss": history[-1]["loss"],
-        "training_accuracy": history[-1]["accuracy"],
-        "seconds": seconds,
-        "images_per_second": last_step * global_batch / seconds,
-        "history": history,
-    }
-    if distributed.is_main():
-        save_backbone(backbone, output_dir / "backbone.safetensors")
-        write_json(output_dir / "metrics.json", metrics)
-        log.info("wrote %s", output_dir / "backbone.safetensors")
-    distributed.barrier()
-    return metrics
+    return leave_files(progress, backbone, dataset, global_batch, output_dir)
 
 
-def check_same_run(
-    state: dict[str, Any], identities: list[str], global_batch: int, config: dict[str, Any], output_dir: Path
-) -> None:
-    """Refuse a checkpoint of other identities; warn of settings that changed since it was written."""
-    if state.get("kind") != KIND:
-        raise UserError(f"output_dir: {output_dir} holds checkpoints of another kind of training; give another folder")
-    if state["identities"] != identities:
-        raise UserError(
-            f"output_dir: {output_dir} holds a run on {len(state['identities'])} identities, not on these "
-            f"{len(identities)}; give another folder, or the same dataset"
-        )
-    held, processes = state["images_per_step"], distributed.world_size()
-    if held != global_batch:
-        raise UserError(
-            f"training.batch_size: {output_dir} holds a run of {held} images a step over all processes, not "
-            f"{global_batch}; with {processes} processes take training.batch_size={held / processes:g}"
-        )
-    changed = [
-        f"{section}.{name}"
-        for section, values in config.items()
-        if isinstance(values, dict)
-        for name, value in values.items()
-        if value != state["config"].get(section, {}).get(name, value)
-    ]
-    if changed:
-        log.warning("going on with other settings than the checkpoint's: %s", ", ".join(changed))
+def _batches(dataset: IdentityDataset, cfg: TrainingSettings, first_step: int, last_step: int) -> StepBatches:
+    """What this process sees in the steps first_step .. last_step - 1."""
+    return StepBatches(
+        len(dataset),
+        batch_size=cfg.batch_size,
+        first_step=first_step,
+        last_step=last_step,
+        seed=cfg.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        parts=dataset.source.parts,
+    )
+
+
+def _names(dataset: IdentityDataset, batches: StepBatches) -> list[str]:
+    """The images in `batches`, for a message."""
+    rows = dataset.source.rows
+    return [dataset.source.images.names[rows[index]] for batch in batches for _, index in batch]
+
+
+def _backward(
+    net: nn.Module,
+    classifier: PartialFC,
+    pixels: Tensor,
+    labels: Tensor,
+    step: int,
+    scaler: torch.amp.GradScaler,
+    cfg: TrainingSettings,
+    memory_format: torch.memory_format,
+) -> Classified:
+    """Add the gradient of the global batch's mean loss, in parts of `cfg.micro_batch_size` images of this process.
+
+    pixels (B, S, S, 3) uint8, labels (B,). Returns what the classifier says of the whole batch, without gradient.
+    """
+    generator = torch.Generator().manual_seed(seed_for(cfg.seed, "margin", step))  # the same on every process
+    size = cfg.micro_batch_size or len(labels)
+    parts: list[Classified] = []
+    for first in range(0, len(labels), size):
+        part = slice(first, first + size)
+        share = len(labels[part]) / len(labels)
+        with distributed.no_sync(net, waits=first + size < len(labels)):
+            # uint8 (b, S, S, 3) pixels => float32 (b, 3, S, S) in [-1, 1] => embeddings (b, D)
+            images = to_float(pixels[part].to(labels.device, non_blocking=True), memory_format)
+            with autocast(labels.device, cfg.precision):
+                embeddings = net(images)
+            embeddings = embeddings.float()
+            if isinstance(net, DistributedDataParallel):
+                # It averages over processes, whose gradients are parts of one mean already
+                embeddings.register_hook(lambda gradient: gradient * distributed.world_size())
+            result = classifier(embeddings, labels[part], generator, observe=size >= len(labels))
+            scaler.scale(share * result.loss).backward()
+        parts.append(replace(result, loss=share * result.loss.detach()))
+    if len(parts) == 1:
+        return parts[0]
+    whole = Classified(
+        loss=torch.stack([part.loss for part in parts]).sum(),
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("hits", "cosines", "norms")},
+    )
+    # Once a step, as without parts; margins go by the statistics of the step before
+    classifier.head.observe(whole.cosines, whole.norms)
+    return whole

@@ -35,7 +35,7 @@ def test_every_entry_point_composes(compose, name):
 
 def test_every_group_is_used_by_a_test_below():
     tested = {"model", "diffusion", "sampler", "dataset", "optimizer", "lr_scheduler", "ema", "autoencoder", "backbone"}
-    assert {path.parent.name for path in GROUPS} == tested | {"head", "source", "embedder"}
+    assert {path.parent.name for path in GROUPS} == tested | {"head", "source", "embedder", "augment"}
 
 
 @pytest.mark.parametrize("name", group("model"))

@@ -133,3 +133,10 @@ def test_load_images(tmp_path):
     (tmp_path / "3.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"3\.png"):
         load_images(names, 6, root=tmp_path, threads=2)
+
+
+def test_channels_last_pixels_stay_where_they_are() -> None:
+    pixels = torch.arange(2 * 5 * 4 * 3, dtype=torch.uint8).reshape(2, 5, 4, 3)
+    images = to_float(pixels, torch.channels_last)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, to_float(pixels)) and to_float(pixels).is_contiguous()

@@ -25,7 +25,10 @@ TINY = {
     "identities": {"count": 4, "images": 2, "max_similarity": 0.99},
     "render": {"processes": 1},
     "align": {"processes": 1, "just_resize_if_fail": True},  # a model after six steps draws no faces
-    "recogniser": {"training": {"epochs": 2, "batch_size": 8, "milestones": [1]}, "backbone.width": 0.125},
+    "recogniser": {
+        "training": {"epochs": 2, "batch_size": 8, "lr_schedule": {"milestones": [1]}},
+        "backbone.width": 0.125,
+    },
     "autoencoder": {
         "autoencoder.n_embed": 32,
         "dataset": {"image_size": 32},

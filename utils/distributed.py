@@ -1,5 +1,6 @@
 """One process or many: the few collective operations that the project needs, all no-ops in a single process."""
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
 
@@ -110,6 +113,11 @@ def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def no_sync(net: nn.Module, waits: bool) -> contextlib.AbstractContextManager:
+    """While `waits`, gradients of `net` add up without being exchanged, as for all parts of a batch but the last."""
+    return net.no_sync() if waits and isinstance(net, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from utils.config import UserError
+from utils.fast_decode import decode_plain
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # Width of the identity blocks in use: (tile size, columns), as sampled and as aligned.
@@ -48,6 +49,9 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     Grey, palette and CMYK images are converted, 16-bit ones scaled to 8 bits, transparent pixels laid over black, and
     the camera's orientation tag is obeyed. Raises UserError naming `name` where the data are no readable image.
     """
+    plain = decode_plain(data)
+    if plain is not None:
+        return plain
     with _opened(io.BytesIO(data), name) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey, as I;16 or widened to 32 bits
@@ -164,10 +168,15 @@ def centre_square(image: np.ndarray) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
-def to_float(images: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """uint8 (..., H, W, 3) pixels => float32 (..., 3, H, W) in [-1, 1]: (x / 255 - 0.5) / 0.5."""
+def to_float(
+    images: np.ndarray | torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:
+    """uint8 (..., H, W, 3) pixels => float32 (..., 3, H, W) in [-1, 1]: (x / 255 - 0.5) / 0.5.
+
+    `memory_format`: torch.channels_last, for (B, H, W, 3) only, is how pixels lie already and saves reordering them.
+    """
     tensor = torch.from_numpy(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images
-    return tensor.movedim(-1, -3).float().contiguous().div_(127.5).sub_(1.0)
+    return tensor.movedim(-1, -3).float().contiguous(memory_format=memory_format).div_(127.5).sub_(1.0)
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
