@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from utils.config import UserError
 from utils.images import load_images, resize, to_float
+from utils.precision import autocast
 
 
 def embed_images(
@@ -25,6 +26,8 @@ def embed_images(
     root: str | Path = ".",
     batch_size: int = 64,
     flip: bool = True,
+    normalise: bool = True,
+    precision: str = "fp32",
     device: torch.device | str | None = None,
     progress: str | None = None,
 ) -> np.ndarray:
@@ -35,11 +38,13 @@ def embed_images(
         images: uint8 (n, H, W, 3) RGB; or n paths of image files (relative ones below `root`), or functions that give
             one image uint8 (H, W, 3) each, read a batch at a time.
         flip: embed the mirror image too and add both outputs before normalising (the flip test of the benchmarks).
+        normalise: off: the sum keeps the length that the network gives it, which some protocols use.
+        precision: fp32, bf16 or fp16 of the network's arithmetic.
         device: where to compute; None: where the backbone is. The backbone is moved there.
         progress: label of a progress bar; None shows none.
 
     Returns:
-        float32 (n, D), rows of length 1.
+        float32 (n, D), rows of length 1 (but for `normalise` off).
 
     Raises:
         UserError: an image that cannot be read, a backbone whose embeddings are not finite.
@@ -63,7 +68,9 @@ def embed_images(
         for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
             batch = images[start : start + batch_size]
             pixels = resize(batch, size) if is_array else load_images(batch, size, root=root)  # (b, S, S, 3) uint8
-            embeddings[start : start + batch_size] = embed_batch(backbone, to_float(pixels).to(device), flip=flip).cpu()
+            with autocast(device, precision):
+                rows = embed_batch(backbone, to_float(pixels).to(device), flip=flip, normalise=normalise)
+            embeddings[start : start + batch_size] = rows.cpu()
     finally:
         backbone.train(was_training)
     if not np.isfinite(embeddings).all():
@@ -72,9 +79,9 @@ def embed_images(
 
 
 @torch.inference_mode()
-def embed_batch(backbone: nn.Module, images: Tensor, *, flip: bool) -> Tensor:
+def embed_batch(backbone: nn.Module, images: Tensor, *, flip: bool, normalise: bool = True) -> Tensor:
     """float32 (b, 3, S, S) in [-1, 1] => float32 (b, D) unit vectors, normalise(f(x) + f(flip x)) where `flip`."""
-    features = backbone(images)  # (b, D)
+    features = backbone(images).float()  # (b, D)
     if flip:
-        features = features + backbone(images.flip(-1))
-    return F.normalize(features.float())
+        features = features + backbone(images.flip(-1)).float()
+    return F.normalize(features) if normalise else features
