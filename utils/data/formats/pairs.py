@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class VerificationPairs(EncodedImages):
         *,
         num_folds: int = FOLDS,
         num_skipped: int = 0,
+        files: Sequence[Path] = (),
     ) -> None:
         """
         Args:
@@ -49,10 +50,12 @@ class VerificationPairs(EncodedImages):
             issame: (P,) bool, True where both show one person.
             num_folds: the protocol cuts the pairs into so many consecutive folds.
             num_skipped: pairs of a list that were left out because an image is missing.
+            files: the files that the images are in, where that is not `path` itself.
         """
         super().__init__(path, names)
         self.pairs, self.issame = np.asarray(pairs, np.int64).reshape(-1, 2), np.asarray(issame, bool)
         self.num_folds, self.num_skipped = num_folds, num_skipped
+        self.files = list(files) or [self.path]
         self._read = read
 
     def encoded(self, index: int) -> bytes:
@@ -152,6 +155,79 @@ def draw_pairs(data: LabelledImages, pairs_per_fold: int, seed: int) -> Verifica
     return VerificationPairs(data.path, data.names, data.encoded, np.array(pairs), issame)
 
 
+class PairList:
+    """Gathers the pairs of a list whose images are files below `root`: every image once, what is missing counted."""
+
+    def __init__(self, path: str | Path, root: str | Path, folders: Sequence[str] = ("",)) -> None:
+        """`path`: the list. `folders`, relative to `root`: where images may be. UserError where one is not there."""
+        self.path, self.root = Path(path), Path(root)
+        if not self.path.exists():
+            raise UserError(f"pairs_file: no such file: {path}")
+        if not self.root.is_dir():
+            raise UserError(f"dataset.root: no such folder: {root}")
+        self._bases = [base for base in (self.root / folder for folder in folders) if base.is_dir()]
+        self._files: dict[Path, dict[str, Path]] = {}  # folder => file name without ending => file
+        self._number_of: dict[Path, int] = {}  # every image once, in the order of the list
+        self._pairs: list[list[int]] = []
+        self._issame: list[bool] = []
+        self._missing: list[str] = []
+        self._num_skipped = 0
+
+    def find(self, name: str) -> Path | None:
+        """The image file `name`, a path without ending: an aligned copy often has another one. None: not there.
+
+        UserError where the name leads outside the root, and where two of the folders hold such a file.
+        """
+        check_inside(name, self.path)
+        found = []
+        for base in self._bases:
+            folder = (base / name).parent
+            if folder not in self._files:
+                files = sorted(folder.iterdir()) if folder.is_dir() else []
+                self._files[folder] = {file.stem: file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
+            file = self._files[folder].get(PurePosixPath(name).name)
+            found += [file] if file is not None else []
+        if len(found) > 1:
+            raise UserError(f"{self.path}: {found[0]} and {found[1]} are both there; move one folder elsewhere")
+        return found[0] if found else None
+
+    def add(self, names: tuple[str, str], issame: bool) -> None:
+        """One pair of images, by their names as `find` wants them."""
+        found = [self.find(name) for name in names]
+        absent = [name for name, file in zip(names, found, strict=True) if file is None]
+        if absent:
+            self._missing += absent
+            self._num_skipped += 1
+            return
+        self._pairs.append([self._number_of.setdefault(file, len(self._number_of)) for file in found])
+        self._issame.append(issame)
+
+    def finish(self, *, skip_missing: bool, num_folds: int = FOLDS) -> VerificationPairs:
+        """The set. UserError where images are missing (but for `skip_missing`), or only one kind of pair is there."""
+        if self._missing and not skip_missing:
+            raise UserError(
+                f"{self.root} lacks {len(set(self._missing))} images of {self.path.name}, first {self._missing[0]}.*; "
+                f"complete the folder, or set skip_missing, to leave out the {self._num_skipped} pairs they are in"
+            )
+        genuine = sum(self._issame)
+        if not 0 < genuine < len(self._issame):
+            raise UserError(
+                f"pairs_file: {self.path}: {genuine} genuine and {len(self._issame) - genuine} impostor pairs with "
+                f"both images under {self.root}; both kinds are needed"
+            )
+        paths = list(self._number_of)
+        return VerificationPairs(
+            self.path,
+            [path.relative_to(self.root).as_posix() for path in paths],
+            functools.partial(_read_path, paths),
+            np.array(self._pairs),
+            np.array(self._issame),
+            num_folds=num_folds,
+            num_skipped=self._num_skipped,
+            files=paths,
+        )
+
+
 def read_pairs(pairs_file: str | Path, root: str | Path, *, skip_missing: bool = False) -> VerificationPairs:
     """Read LFW's `pairs.txt` and find its images `<root>/<person>/<person>_<nnnn>.<ext>`.
 
@@ -165,39 +241,14 @@ def read_pairs(pairs_file: str | Path, root: str | Path, *, skip_missing: bool =
     Raises:
         UserError: a missing file or folder, a line that is neither form, missing images.
     """
-    pairs_file, root = Path(pairs_file), Path(root)
-    if not pairs_file.is_file():
-        raise UserError(f"pairs_file: no such file: {pairs_file}")
-    if not root.is_dir():
-        raise UserError(f"dataset.root: no such folder: {root}")
+    pairs = PairList(pairs_file, root)
     lines = read_lines(pairs_file)
     num_folds, first = FOLDS, 0
-    if (
-        lines
-        and lines[0].split()
-        and all(field.isdecimal() for field in lines[0].split())
-        and len(lines[0].split()) <= 2
-    ):
-        header = [int(field) for field in lines[0].split()]
+    header = lines[0].split() if lines else []
+    if 1 <= len(header) <= 2 and all(field.isdecimal() for field in header):
         first = 1
         if len(header) == 2:
-            num_folds = header[0]
-
-    folder_files: dict[str, dict[str, Path]] = {}
-
-    def find(person: str, number: str) -> Path | None:
-        check_inside(person, pairs_file)
-        if person not in folder_files:
-            folder = root / person
-            files = sorted(folder.iterdir()) if folder.is_dir() else []
-            folder_files[person] = {file.stem: file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
-        return folder_files[person].get(f"{person}_{int(number):04d}")
-
-    number_of: dict[Path, int] = {}  # every image once, in the order of the list
-    pairs: list[list[int]] = []
-    issame: list[bool] = []
-    missing: list[str] = []
-    num_skipped = 0
+            num_folds = int(header[0])
     for number, line in enumerate(lines[first:], start=first + 1):
         if not line.strip():
             continue
@@ -211,34 +262,9 @@ def read_pairs(pairs_file: str | Path, root: str | Path, *, skip_missing: bool =
                 f"pairs_file: {pairs_file} line {number}: {line.strip()!r}; "
                 "`person n1 n2` or `person1 n1 person2 n2` is wanted, separated by tabs"
             )
-        found = [find(*image) for image in wanted]
-        absent = [f"{person}/{person}_{int(n):04d}" for (person, n), f in zip(wanted, found, strict=True) if not f]
-        missing += absent
-        if absent:
-            num_skipped += 1
-            continue
-        pairs.append([number_of.setdefault(path, len(number_of)) for path in found])
-        issame.append(len(fields) == 3)
-    if missing and not skip_missing:
-        raise UserError(
-            f"{root} lacks {len(set(missing))} images of {pairs_file.name}, first {missing[0]}.*; "
-            f"complete the folder, or set skip_missing, to leave out the {num_skipped} pairs they are in"
-        )
-    if not pairs or all(issame) or not any(issame):
-        raise UserError(
-            f"pairs_file: {pairs_file}: {sum(issame)} genuine and {len(issame) - sum(issame)} impostor pairs with both "
-            f"images under {root}; both kinds are needed"
-        )
-    paths = list(number_of)
-    return VerificationPairs(
-        pairs_file,
-        [path.relative_to(root).as_posix() for path in paths],
-        functools.partial(_read_path, paths),
-        np.array(pairs),
-        np.array(issame),
-        num_folds=num_folds,
-        num_skipped=num_skipped,
-    )
+        one, other = (f"{person}/{person}_{int(n):04d}" for person, n in wanted)
+        pairs.add((one, other), issame=len(fields) == 3)
+    return pairs.finish(skip_missing=skip_missing, num_folds=num_folds)
 
 
 def _read_path(paths: Sequence[Path], index: int) -> bytes:
