@@ -6,31 +6,48 @@ between unit vectors, in [0, 4]; a pair is accepted as one person when its dista
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-
-from utils.checkpoint import write_atomically
 
 THRESHOLDS = np.arange(0, 4, 0.01)
 FAR_LEVELS = (1e-2, 1e-3, 1e-4)
+ROC_POINTS = 256
 
 
 @dataclass(frozen=True)
-class VerificationResult:
-    """What the 10-fold protocol and the ROC say about one set of pairs."""
+class Rates:
+    """What the scores of genuine and impostor pairs say at every threshold."""
 
-    fold_accuracy: np.ndarray  # (folds,) accuracy on each fold at the threshold that was best on the others
-    fold_thresholds: np.ndarray  # (folds,) that threshold, squared distance
     num_genuine: int
     num_impostor: int
     tar_at_far: dict[float, float]  # share of genuine pairs accepted where at most that share of impostors is
     eer: float  # equal error rate
     roc_far: np.ndarray  # (points,) ascending
     roc_tar: np.ndarray  # (points,)
+
+    def resolves(self, far: float) -> bool:
+        """Whether `far` is at least one of the impostor pairs; below that, the rate is the one at no false accept."""
+        return far * self.num_impostor >= 1 - 1e-9
+
+    def rates(self) -> dict[str, object]:
+        """Everything but the ROC, ready for JSON; a rate that the impostor pairs do not resolve is None."""
+        return {
+            "eer": self.eer,
+            "tar_at_far": {f"{far:g}": tar if self.resolves(far) else None for far, tar in self.tar_at_far.items()},
+            "smallest_far": 1 / self.num_impostor,
+            "num_genuine": self.num_genuine,
+            "num_impostor": self.num_impostor,
+        }
+
+
+@dataclass(frozen=True)
+class VerificationResult(Rates):
+    """What the 10-fold protocol and the ROC say about one set of pairs."""
+
+    fold_accuracy: np.ndarray  # (folds,) accuracy on each fold at the threshold that was best on the others
+    fold_thresholds: np.ndarray  # (folds,) that threshold, squared distance
 
     @property
     def accuracy(self) -> float:
@@ -53,10 +70,7 @@ class VerificationResult:
             "accuracy": self.accuracy,
             "accuracy_std": self.accuracy_std,
             "threshold": self.threshold,
-            "eer": self.eer,
-            "tar_at_far": {f"{far:g}": tar for far, tar in self.tar_at_far.items()},
-            "num_genuine": self.num_genuine,
-            "num_impostor": self.num_impostor,
+            **self.rates(),
             "num_folds": len(self.fold_accuracy),
             "fold_accuracy": self.fold_accuracy.tolist(),
         }
@@ -77,13 +91,20 @@ def evaluate_pairs(embeddings: np.ndarray, issame: np.ndarray, num_folds: int = 
     if not 2 <= num_folds <= len(issame):
         raise ValueError(f"num_folds: {num_folds}; there are {len(issame)} pairs, so it must be in 2..{len(issame)}")
     fold_accuracy, fold_thresholds = cross_validated_accuracy(distances, issame, num_folds)
+    rates = error_rates(distances, issame, FAR_LEVELS)
+    return VerificationResult(**vars(rates), fold_accuracy=fold_accuracy, fold_thresholds=fold_thresholds)
+
+
+def error_rates(distances: np.ndarray, issame: np.ndarray, levels: Sequence[float]) -> Rates:
+    """Rates at every threshold on `distances` (P,), smaller meaning more alike; `issame` (P,) bool, both kinds in it.
+
+    `levels`: the false accept rates at which true accept rates are given.
+    """
     far, tar = roc_curve(distances, issame)
-    return VerificationResult(
-        fold_accuracy=fold_accuracy,
-        fold_thresholds=fold_thresholds,
+    return Rates(
         num_genuine=int(issame.sum()),
         num_impostor=int((~issame).sum()),
-        tar_at_far={level: float(tar[far <= level].max()) for level in FAR_LEVELS},
+        tar_at_far={level: float(tar[np.searchsorted(far, level, side="right") - 1]) for level in levels},
         eer=equal_error_rate(far, tar),
         roc_far=far,
         roc_tar=tar,
@@ -141,14 +162,13 @@ def equal_error_rate(far: np.ndarray, tar: np.ndarray) -> float:
     return float(far[after - 1] + share * (far[after] - far[after - 1]))
 
 
-def plot_roc(results: Mapping[str, VerificationResult], path: str | Path) -> None:
-    """Write a PNG with the ROC of every result, false accepts on a logarithmic axis down to one impostor pair."""
-    figure = Figure(figsize=(6, 4.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for name, result in results.items():
-        axes.step(result.roc_far, result.roc_tar, where="post", label=f"{name} ({100 * result.accuracy:.2f} %)")
-    lowest = 1 / max(result.num_impostor for result in results.values())
-    axes.set(xscale="log", xlim=(lowest, 1), ylim=(0, 1), xlabel="false accept rate", ylabel="true accept rate")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(loc="lower right")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+def thin_roc(far: np.ndarray, tar: np.ndarray, points: int = ROC_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """About `points` points of a ROC, evenly spread over the logarithm of the false accept rate, for plots and files.
+
+    Each is a point of the curve: the highest true accept rate that its false accept rate allows.
+    """
+    lowest = far[far > 0].min()
+    levels = np.append(0.0, np.geomspace(lowest, 1, points))
+    levels[1], levels[-1] = lowest, 1.0  # whatever geomspace rounded them to
+    kept = np.unique(np.searchsorted(far, levels, side="right") - 1)
+    return far[kept], tar[kept]

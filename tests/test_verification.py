@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.optimize import brentq
+from sklearn.metrics import roc_curve as sklearn_roc
 
-from recognition.verification import equal_error_rate, evaluate_pairs, roc_curve
+from recognition.verification import equal_error_rate, error_rates, evaluate_pairs, roc_curve, thin_roc
 from tests.compat import load_arrays
 from utils.config import UserError
 from utils.data.formats.pairs import read_pairs
@@ -48,7 +50,33 @@ def test_tar_at_far_is_the_best_rate_that_the_level_allows() -> None:
     pairs = np.stack([np.stack([np.ones(300), np.zeros(300)], 1), np.stack([np.cos(angles), np.sin(angles)], 1)], 1)
     result = evaluate_pairs(pairs.reshape(600, 2), np.arange(300) < 100)
     assert result.tar_at_far == {1e-2: 1.0, 1e-3: 0.9, 1e-4: 0.9}
-    assert result.summary()["tar_at_far"] == {"0.01": 1.0, "0.001": 0.9, "0.0001": 0.9}
+    # 200 impostor pairs tell nothing about one false accept in a thousand
+    assert result.summary()["tar_at_far"] == {"0.01": 1.0, "0.001": None, "0.0001": None}
+    assert result.summary()["smallest_far"] == 1 / 200
+
+
+def test_rates_against_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    issame = rng.random(4000) < 0.4
+    scores = np.round(rng.normal(issame * 1.5, 1), 2)  # with ties
+    fpr, tpr, _ = sklearn_roc(issame, scores, drop_intermediate=False)
+    far, tar = roc_curve(-scores, issame)
+    assert np.array_equal(far, fpr) and np.array_equal(tar, tpr)
+    rates = error_rates(-scores, issame, (1e-1, 1e-2, 1e-3))
+    assert rates.tar_at_far == {level: tpr[fpr <= level].max() for level in (1e-1, 1e-2, 1e-3)}
+    crossing = brentq(lambda x: 1 - x - np.interp(x, fpr, tpr), 0, 1)
+    assert rates.eer == pytest.approx(crossing, abs=1e-9)
+
+
+def test_a_thin_roc_is_points_of_the_whole_one() -> None:
+    rng = np.random.default_rng(1)
+    issame = np.arange(5000) < 1000
+    far, tar = roc_curve(rng.normal(2 - issame), issame)
+    thin_far, thin_tar = thin_roc(far, tar, 64)
+    assert 40 < len(thin_far) <= 65 and (thin_far[0], thin_far[-1], thin_tar[-1]) == (0, 1, 1)
+    for one, other in zip(thin_far, thin_tar, strict=True):
+        assert other == tar[far <= one].max()
+    assert thin_far[1] == 1 / 4000
 
 
 @pytest.mark.parametrize(
