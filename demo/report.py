@@ -161,7 +161,7 @@ def _accuracy(report: Report) -> str:
             f"<tr><td><span class='dot' style='background:var({COLOURS[key]})'></span>{escape(NAMES[key])}</td>"
             f"<td>{escape(report.data.get(key, ''))}</td>"
             f"<td class='n'><b>{100 * row['accuracy']:.2f}</b> ± {100 * row['std']:.2f}</td>"
-            f"<td class='n'>{100 * row['eer']:.2f}</td><td class='n'>{100 * row['tar_at_far_1e-2']:.2f}</td>"
+            f"<td class='n'>{100 * row['eer']:.2f}</td><td class='n'>{_rate(row['tar_at_far_1e-2'])}</td>"
             f"<td class='n'>{row['genuine']:,} + {row['impostor']:,}</td></tr>"
         )
     return (
@@ -174,6 +174,11 @@ def _accuracy(report: Report) -> str:
         "<th class='n'>Accuracy, %</th><th class='n'>EER, %</th><th class='n'>TAR at FAR 1 %, %</th>"
         f"<th class='n'>Pairs</th></tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _rate(value: float | None) -> str:
+    """Per cent; a dash where there are too few impostor pairs for the rate."""
+    return "–" if value is None else f"{100 * value:.2f}"
 
 
 def _faces(report: Report) -> str:

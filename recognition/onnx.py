@@ -5,6 +5,7 @@ A graph is data for a fixed set of operators: nothing in the file is executed as
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ class OnnxRecogniser(nn.Module):
         sides = [side for side in (shape[1:3] if self.channels_last else shape[2:]) if isinstance(side, int)]
         if len(set(sides)) > 1:
             raise UserError(f"{path}: takes images of {sides[0]} x {sides[1]}; square ones are wanted")
+        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         self.input_name, self.output_name = inputs[0].name, outputs[0].name
         self.dtype = np.float16 if "float16" in inputs[0].type else np.float32
         self.batch = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
