@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 import recognition.test as verification
 from recognition.augment import Augmentation
 from recognition.backbones import build_backbone
+from recognition.benchmark_sets import embed_pairs
 from recognition.datasets import IdentityDataset, read_training_set
 from tests.malicious import Call
 from utils.config import UserError, command_line
@@ -481,11 +482,7 @@ def test_malicious_pickles_run_nothing(tmp_path, monkeypatch, capsys, payload, p
         assert error.startswith(f"error: set/{place}: refused: the pickle wants to call ")
     if place == "x.bin":
         with pytest.raises(UserError, match="refused"):
-            verification.open_pairs(
-                verification.TestSettings(
-                    output_dir="o", checkpoint=None, dataset=verification.DatasetSettings(), bin_file="set/x.bin"
-                )
-            )
+            verification.open_all(verification.TestSettings("o", None, bin_file="set/x.bin"))
     assert not Path("pwned").exists() and not Path("out").exists()
 
 
@@ -784,23 +781,16 @@ def test_a_training_root_that_is_no_set(tmp_path) -> None:
 def test_bin_and_pairs_file_give_the_same_embeddings(faces, tmp_path) -> None:
     text = pairs_text(faces, tmp_path)
     path = write_bin(read_pairs(text, faces), tmp_path / "x.bin")
-    options = {"output_dir": "o", "checkpoint": None, "device": "cpu", "batch_size": 3}
-    listed = verification.TestSettings(
-        **options, dataset=verification.DatasetSettings(root=str(faces)), pairs_file=str(text)
-    )
-    packed = verification.TestSettings(**options, dataset=verification.DatasetSettings(), bin_file=str(path))
     torch.manual_seed(0)
     backbone = build_backbone("ir_18", input_size=16, num_features=8, width=0.125).eval()
-    pairs = [verification.open_pairs(settings) for settings in (listed, packed)]
-    embeddings = [verification.embed_pairs(backbone, p, s) for p, s in zip(pairs, (listed, packed), strict=True)]
+    pairs = [read_pairs(text, faces), read_bin(path)]
+    embeddings = [embed_pairs(backbone, p, batch_size=3, flip=True) for p in pairs]
     assert embeddings[0].shape == (8, 8) and np.allclose(*embeddings, atol=1e-6)
     assert np.array_equal(pairs[0].issame, pairs[1].issame)
     assert len(pairs[0]) == 7 and len(pairs[1]) == 8  # one image stands in two pairs: embedded once
     with pytest.raises(UserError, match="bin_file: holds pairs and images; leave pairs_file"):
-        verification.open_pairs(
-            verification.TestSettings(
-                **options, dataset=verification.DatasetSettings(), bin_file=str(path), pairs_file=str(text)
-            )
-        )
+        verification.open_all(verification.TestSettings("o", None, bin_file=str(path), pairs_file=str(text)))
     with pytest.raises(UserError, match=r"pairs_file: not set.*or bin_file=FILE"):
-        verification.open_pairs(verification.TestSettings(**options, dataset=verification.DatasetSettings()))
+        verification.open_all(verification.TestSettings("o", None))
+    with pytest.raises(UserError, match=r"4 pairs in 10 folds"):
+        verification.open_all(verification.TestSettings("o", None, bin_file=str(path)))

@@ -15,9 +15,8 @@ from recognition.backbones import build_backbone, load_backbone
 from recognition.datasets import IdentityDataset, StepBatches, read_training_set
 from recognition.embedding import embed_images
 from recognition.heads import ArcFace
-from recognition.test import default_name, load_model, markdown_table
+from recognition.test import TestSettings, default_name, list_models, load_model
 from recognition.training_loop import TrainingSettings, parameter_groups, train
-from recognition.verification import evaluate_pairs
 from utils.checkpoint import load_safetensors, load_torch
 from utils.config import UserError
 from utils.images import write_image
@@ -330,25 +329,14 @@ def test_models_to_test(compose, finished: Path, tmp_path: Path) -> None:
     ).backbone
     assert load_model(str(file), None, 0).config["width"] == 0.125
     with pytest.raises(UserError, match=r"backbone: .* shows which network it is"):
-        load_model(str(file), node, 0)
+        list_models(TestSettings("o", str(file)), node, [])
     with pytest.raises(UserError, match="backbone: not set"):
-        load_model(None, None, 0)
+        list_models(TestSettings("o", None), None, [])
     with pytest.raises(UserError, match="checkpoint: no such file"):
-        load_model(str(tmp_path / "none.pth"), node, 0)
+        list_models(TestSettings("o", str(tmp_path / "none.pth")), None, [])
     weights = [load_model(None, node, seed).state_dict()["output_layer.3.weight"] for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert (default_name(None), default_name(str(file)), default_name("a/ir.pth")) == ("untrained", finished.name, "ir")
-
-
-def test_table() -> None:
-    rng = generator()
-    base = rng.standard_normal((20, 8))
-    other = np.where(np.arange(20)[:, None] < 10, base + 0.01 * rng.standard_normal((20, 8)), -base)
-    embeddings = np.stack([base, other], axis=1).reshape(40, 8)
-    result = evaluate_pairs(embeddings, np.arange(20) < 10, num_folds=5)
-    lines = markdown_table([{"name": "mine", **result.summary()}]).splitlines()
-    assert lines[0].startswith("| model | accuracy | EER | TAR@FAR 0.01 |")
-    assert lines[2].startswith("| mine | 100.00 ± 0.00 | 0.00 | 100.00 |") and lines[2].endswith("| 10 | 10 |")
 
 
 @pytest.mark.slow
