@@ -20,7 +20,7 @@ from tests.test_benchmark_layouts import text
 from utils.config import UserError
 from utils.data.formats.benchmarks import FIVE, RFW_GROUPS
 from utils.data.formats.pairs import read_bin, read_pairs, write_bin
-from utils.images import read_image, write_image
+from utils.images import read_image, to_float, write_image
 
 SIZE = 16
 
@@ -303,3 +303,15 @@ def test_two_processes_give_the_numbers_of_one(run_script, world: Path, tmp_path
     assert results["published"][0]["name"] == "CASIA-WebFace (real)"
     assert "\\begin{tabular}" in (tmp_path / "all/results.tex").read_text()
     assert (tmp_path / "all/roc.png").stat().st_size > 1000
+
+
+def test_embeddings_that_keep_their_length(world: Path) -> None:
+    network = script.load_model(str(world / "net/backbone.safetensors"), None, 0)
+    image = read_image(world / "faces/p0/p0_0001.png")[None]
+    with torch.no_grad():
+        expected = (network(to_float(image)) + network(to_float(image[:, :, ::-1].copy()))).numpy()
+    kept = embed_images(network, image, normalise=False)
+    np.testing.assert_allclose(kept, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(embed_images(network, image), expected / np.linalg.norm(expected), atol=1e-5)
+    rough = embed_images(network, image, normalise=False, precision="bf16")
+    assert 1e-6 < np.abs(rough - kept).max() < 0.1 * np.abs(kept).max() and rough.dtype == np.float32
