@@ -200,7 +200,7 @@ def _resolution_notes(found: Sequence[Mapping[str, Any]]) -> list[str]:
                 fewest[level] = min(fewest.get(level, summary["num_impostor"]), summary["num_impostor"])
     return [
         f"{NOTHING}: FAR {level} needs {round(1 / float(level)):,} impostor pairs; there are {number:,}"
-        f"{' where fewest' if len(found) > 1 else ''}."
+        f"{' where fewest' if len({summary['num_impostor'] for summary in found}) > 1 else ''}."
         for level, number in sorted(fewest.items(), key=lambda item: -float(item[0]))
     ]
 
