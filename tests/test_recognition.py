@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+import recognition.test as script
 from recognition.augment import Augmentation, crop_on_black, low_resolution, photometric, resized_crop
 from recognition.backbones import build_backbone, load_backbone
 from recognition.datasets import IdentityDataset, StepBatches, read_training_set
 from recognition.embedding import embed_images
 from recognition.heads import ArcFace
-from recognition.test import TestSettings, default_name, list_models, load_model
 from recognition.training_loop import TrainingSettings, parameter_groups, train
 from utils.checkpoint import load_safetensors, load_torch
 from utils.config import UserError
@@ -327,16 +327,20 @@ def test_models_to_test(compose, finished: Path, tmp_path: Path) -> None:
     node = compose(
         "recognition_test_config", "backbone=ir_18", "backbone.width=0.125", "backbone.input_size=16"
     ).backbone
-    assert load_model(str(file), None, 0).config["width"] == 0.125
+    assert script.load_model(str(file), None, 0).config["width"] == 0.125
     with pytest.raises(UserError, match=r"backbone: .* shows which network it is"):
-        list_models(TestSettings("o", str(file)), node, [])
+        script.list_models(script.TestSettings("o", str(file)), node, [])
     with pytest.raises(UserError, match="backbone: not set"):
-        list_models(TestSettings("o", None), None, [])
+        script.list_models(script.TestSettings("o", None), None, [])
     with pytest.raises(UserError, match="checkpoint: no such file"):
-        list_models(TestSettings("o", str(tmp_path / "none.pth")), None, [])
-    weights = [load_model(None, node, seed).state_dict()["output_layer.3.weight"] for seed in (0, 0, 1)]
+        script.list_models(script.TestSettings("o", str(tmp_path / "none.pth")), None, [])
+    weights = [script.load_model(None, node, seed).state_dict()["output_layer.3.weight"] for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    assert (default_name(None), default_name(str(file)), default_name("a/ir.pth")) == ("untrained", finished.name, "ir")
+    assert (script.default_name(None), script.default_name(str(file)), script.default_name("a/ir.pth")) == (
+        "untrained",
+        finished.name,
+        "ir",
+    )
 
 
 @pytest.mark.slow
