@@ -336,11 +336,8 @@ def test_models_to_test(compose, finished: Path, tmp_path: Path) -> None:
         script.list_models(script.TestSettings("o", str(tmp_path / "none.pth")), None, [])
     weights = [script.load_model(None, node, seed).state_dict()["output_layer.3.weight"] for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    assert (script.default_name(None), script.default_name(str(file)), script.default_name("a/ir.pth")) == (
-        "untrained",
-        finished.name,
-        "ir",
-    )
+    names = [script.default_name(path) for path in (None, str(file), "a/ir.pth")]
+    assert names == ["untrained", finished.name, "ir"]
 
 
 @pytest.mark.slow
