@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -61,7 +62,7 @@ def check_images(data: EncodedImages, *, threads: int | None = None) -> Report:
     facts = [("format", data.format), ("images", str(len(data)))]
     faults = []
     if scan.unreadable:
-        faults.append(f"{len(scan.unreadable)} of {len(data)} images cannot be read: {_some(scan.unreadable)}")
+        faults.append(f"{len(scan.unreadable)} of {len(data)} images cannot be read: {some(scan.unreadable)}")
     if isinstance(data, LabelledImages):
         some_facts, some_faults = _identities(data)
         facts += some_facts
@@ -73,18 +74,24 @@ def check_images(data: EncodedImages, *, threads: int | None = None) -> Report:
         ("sizes", _counts({f"{width} x {height}": n for (width, height), n in scan.sizes.items()})),
         ("encodings", _counts(scan.formats)),
     ]
-    copies, shared = _duplicates(data, scan)
+    copies, shared = duplicates(data, scan)
     facts += [
         ("duplicates", f"{copies} images have the bytes of an earlier one"),
         ("unreadable", str(len(scan.unreadable))),
     ]
     if shared:
-        faults.append(f"the same bytes under two identities, {len(shared)} times: {_some(shared)}")
+        faults.append(f"the same bytes under two identities, {len(shared)} times: {some(shared)}")
     return Report(facts, faults, scan.mean_face)
 
 
-def scan_images(data: EncodedImages, threads: int | None = None) -> Scan:
-    """One pass over all images, `threads` at a time."""
+def scan_images(
+    data: EncodedImages, threads: int | None = None, on_face: Callable[[int, np.ndarray], None] | None = None
+) -> Scan:
+    """One pass over all images, `threads` at a time.
+
+    on_face: called in these threads with the number of each readable image and its centre as it counts in the mean
+    face, uint8 (FACE_SIZE, FACE_SIZE, 3) RGB.
+    """
     scan = Scan(np.zeros((len(data), 2), np.uint64))
     total = np.zeros((FACE_SIZE, FACE_SIZE, 3), np.float64)
 
@@ -95,6 +102,8 @@ def scan_images(data: EncodedImages, threads: int | None = None) -> Scan:
             digest = hashlib.blake2b(encoded, digest_size=16).digest()
             pixels = decode_image(encoded, data.describe(index))
             small = resize(centre_square(pixels), FACE_SIZE)
+            if on_face is not None:
+                on_face(index, small)
             return digest, image_format(encoded), (pixels.shape[1], pixels.shape[0]), small
         except UserError as error:
             return digest, str(error)
@@ -130,15 +139,15 @@ def _identities(data: LabelledImages) -> tuple[list[tuple[str, str]], list[str]]
         middle = f"{np.median(present):g}"
         facts.append(("images per identity", f"minimum {present.min()}, median {middle}, maximum {present.max()}"))
     single = [data.identities[label] for label in np.flatnonzero(counts == 1)]
-    facts.append(("with one image", f"{len(single)} identities" + (f": {_some(single)}" if single else "")))
+    facts.append(("with one image", f"{len(single)} identities" + (f": {some(single)}" if single else "")))
     empty = [data.identities[label] for label in np.flatnonzero(counts == 0)]
-    faults = [f"{len(empty)} identities have no image: {_some(empty)}"] if empty else []
+    faults = [f"{len(empty)} identities have no image: {some(empty)}"] if empty else []
     if len(present) < 2:
         faults.append(f"{len(present)} identities with images; training wants two or more")
     return facts, faults
 
 
-def _duplicates(data: EncodedImages, scan: Scan) -> tuple[int, list[str]]:
+def duplicates(data: EncodedImages, scan: Scan) -> tuple[int, list[str]]:
     """How many images repeat the bytes of an earlier one, and the groups of equal bytes under several identities."""
     rows = np.setdiff1d(np.arange(len(data)), scan.missing)
     if not len(rows):
@@ -160,5 +169,6 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} ({n} images)" for name, n in ordered[:EXAMPLES]) + more or "none"
 
 
-def _some(items: list[str]) -> str:
+def some(items: list[str]) -> str:
+    """The first few of `items`, for a message."""
     return "; ".join(items[:EXAMPLES]) + ("; ..." if len(items) > EXAMPLES else "")

@@ -1,0 +1,144 @@
+"""All checks of a training set in a row, in seconds for any size: counts of everything, pixels of a sample."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from recognition.dataset_check.counts import check_counts
+from recognition.dataset_check.findings import ERROR, Outcome
+from recognition.dataset_check.labels import check_embeddings, check_pixel_labels
+from recognition.dataset_check.mean_face import check_mean_face
+from recognition.dataset_check.pixels import GREY_SPREAD, FaceStatistics, check_channels, check_files
+from recognition.dataset_check.sample import ChosenImages, choose
+from recognition.datasets import TrainingSet
+from utils import distributed
+from utils.checkpoint import write_json
+from utils.config import UserError
+from utils.data.formats.check import scan_images
+from utils.embedders import Embedder
+from utils.images import write_image
+from utils.logging import get_logger
+
+log = get_logger(__name__)
+
+REPORT, MEAN_FACE = "dataset_check.json", "mean_face.png"
+LABEL_IMAGES = 2048  # of which all pairs are compared by their pixels
+
+
+@dataclass
+class CheckSettings:
+    """The `check` section of recognition_check_config.yaml."""
+
+    images: int | str = 2048  # looked at, spread over the identities; "all"
+    embedded_images: int = 512  # of these, where there is an embedder
+    max_unreadable: float = 0.0  # share of unreadable images above which a run stops
+    errors: str = "stop"  # what an error does: stop, or warn
+
+    def __post_init__(self) -> None:
+        if self.images != "all" and not (isinstance(self.images, int) and self.images > 0):
+            raise UserError(f"check.images: {self.images!r}; a number above 0, or all")
+        if self.embedded_images < 1:
+            raise UserError(f"check.embedded_images: {self.embedded_images}; it must be at least 1")
+        if not 0 <= self.max_unreadable <= 1:
+            raise UserError(f"check.max_unreadable: {self.max_unreadable}; a share from 0 to 1 is wanted")
+        if self.errors not in ("stop", "warn"):
+            raise UserError(f"check.errors: {self.errors!r}; stop or warn")
+
+
+def check_training_set(
+    source: TrainingSet,
+    settings: CheckSettings,
+    *,
+    input_size: int,
+    output_dir: str | Path,
+    embedder: Embedder | None = None,
+    device: torch.device | str | None = None,
+) -> Outcome:
+    """Look at a training set on rank 0, log a line for every finding, write REPORT and MEAN_FACE to `output_dir`.
+
+    Args:
+        input_size: side of the network's input, in pixels.
+        embedder: compares people, where there is one; on `device`.
+
+    Raises:
+        UserError: on all ranks, where an error was found and `settings.errors` is "stop".
+    """
+    return distributed.on_main(lambda: _check(source, settings, input_size, Path(output_dir), embedder, device))
+
+
+def _check(
+    source: TrainingSet,
+    settings: CheckSettings,
+    input_size: int,
+    output_dir: Path,
+    embedder: Embedder | None,
+    device: torch.device | str | None,
+) -> Outcome:
+    count = len(source) if settings.images == "all" else int(settings.images)
+    images = ChosenImages(source, choose(source.labels, count))
+    statistics = FaceStatistics(len(images), choose(images.labels, LABEL_IMAGES))
+    scan = scan_images(images, on_face=statistics)
+
+    outcome = check_counts(source)
+    outcome.facts["images_looked_at"] = len(images)
+    outcome.take(check_files(images, scan, settings.max_unreadable, input_size))
+    mean_face, aligned = check_mean_face(scan.mean_face, len(images) - len(scan.unreadable))
+    outcome.take(mean_face)
+    faces, numbers = statistics.readable_faces()
+    labels = images.labels[numbers]
+    if aligned:
+        outcome.take(check_channels(statistics))
+    else:  # what is not a face in its place has no skin in the middle, and pixels that say nothing of labels
+        outcome.facts["channels"] = outcome.facts["pixel_labels"] = "none made: no aligned faces"
+    if embedder is not None:
+        some_faces = choose(labels, settings.embedded_images)
+        coloured = bool((statistics.spread[numbers[some_faces]] > GREY_SPREAD).mean() > 0.5)
+        outcome.take(_embed_and_check(embedder, faces[some_faces], labels[some_faces], source, coloured, device))
+    elif aligned:
+        outcome.take(check_pixel_labels(faces, labels))
+
+    _report(outcome, source, scan.mean_face, output_dir)
+    errors = [finding for finding in outcome.findings if finding.severity == ERROR]
+    if errors and settings.errors == "stop":
+        more = f" (and {len(errors) - 1} more in {output_dir / REPORT})" if len(errors) > 1 else ""
+        raise UserError(f"dataset.root: {source.images.path}: {errors[0].line()}{more}; check.errors=warn goes on")
+    return outcome
+
+
+def _embed_and_check(
+    embedder: Embedder,
+    faces: np.ndarray,
+    labels: np.ndarray,
+    source: TrainingSet,
+    coloured: bool,
+    device: torch.device | str | None,
+) -> Outcome:
+    if not len(faces):
+        return Outcome({"embeddings": "none made: no readable images"})
+    embeddings = embedder.embed(faces, device=device, progress="embedding")
+    swapped = embedder.embed(faces[..., ::-1], device=device, progress="channels exchanged") if coloured else None
+    return check_embeddings(embeddings, labels, source.identities, swapped)
+
+
+def _report(outcome: Outcome, source: TrainingSet, mean_face: np.ndarray | None, output_dir: Path) -> None:
+    facts = outcome.facts
+    log.info(
+        "%s: %d images of %d identities (%s format), %d looked at, %d findings",
+        *(source.images.path, facts["images"], facts["identities"], source.images.format, facts["images_looked_at"]),
+        len(outcome.findings),
+    )
+    for finding in outcome.findings:
+        (log.error if finding.severity == ERROR else log.warning)("%s", finding.line())
+    report = {
+        "root": str(source.images.path),
+        "format": source.images.format,
+        "facts": facts,
+        "findings": [asdict(finding) for finding in outcome.findings],
+    }
+    write_json(output_dir / REPORT, report)
+    if mean_face is not None:
+        write_image(output_dir / MEAN_FACE, mean_face)
