@@ -14,30 +14,45 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from recognition.augment import Augmentation
-from recognition.datasets import DatasetSettings, IdentityDataset, open_training_set
+from recognition.dataset_check import CheckSettings, check_training_set
+from recognition.datasets import DatasetSettings, IdentityDataset, TrainingSet, open_training_set
 from recognition.training_loop import train
 from recognition.training_settings import TrainingSettings
-from utils.config import check_keys, entry_point, instantiate, plain, settings
+from recognition.validation import ValidationSettings, benchmark_validation
+from utils import distributed
+from utils.config import UserError, check_keys, entry_point, instantiate, plain, settings
 from utils.distributed import seed_for
 
+KEYS = ("output_dir", "dataset", "augment", "backbone", "head", "training", "check", "embedder", "validation")
 # Parts of the section `training` that are config groups, built by their `_target_`.
 GROUPS = ("optimizer", "lr_schedule")
 
 
+@dataclass
+class TrainingCheckSettings(CheckSettings):
+    """The `check` section of recognition_train_config.yaml."""
+
+    enabled: bool = True
+
+
 @entry_point("recognition_train_config")
 def main(cfg: DictConfig) -> dict[str, Any]:
-    check_keys(cfg, ("output_dir", "dataset", "augment", "backbone", "head", "training"), "")
+    check_keys(cfg, KEYS, "")
     loop = settings(
         OmegaConf.masked_copy(cfg.training, [k for k in cfg.training if k not in GROUPS]), TrainingSettings, "training"
     )
     make_optimizer, lr_schedule = (instantiate(cfg.training[name], f"training.{name}") for name in GROUPS)
     data = settings(cfg.dataset, DatasetSettings, "dataset")
     augment = settings(cfg.augment, Augmentation, "augment")
+    check = settings(cfg.check, TrainingCheckSettings, "check")
+    validation = settings(cfg.validation, ValidationSettings, "validation")
+    validate = benchmark_validation(validation) if validation.is_set else None
     source = open_training_set(data)
 
     torch.manual_seed(seed_for(loop.seed, "weights"))
     backbone = instantiate(cfg.backbone, "backbone")
     head = instantiate(cfg.head, "head", in_features=backbone.num_features, num_classes=len(source.identities))
+    look_at_images(cfg, check, source, backbone.input_size, loop.device)
     dataset = IdentityDataset(
         source,
         size=backbone.input_size,
@@ -45,7 +60,26 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         seed=loop.seed,
         cache_in_memory=data.cache_in_memory,
     )
-    return train(backbone, head, dataset, make_optimizer, lr_schedule, loop, cfg.output_dir, plain(cfg))
+    return train(backbone, head, dataset, make_optimizer, lr_schedule, loop, cfg.output_dir, plain(cfg), validate)
+
+
+def look_at_images(
+    cfg: DictConfig, check: TrainingCheckSettings, source: TrainingSet, input_size: int, device: str
+) -> None:
+    """The check before training; its embedder is gone from memory afterwards."""
+    if not check.enabled:
+        if "embedder" in cfg:
+            raise UserError("embedder: only the check of the images uses it, and check.enabled is false; leave one out")
+        return
+    embedder = instantiate(cfg.embedder, "embedder") if "embedder" in cfg else None
+    check_training_set(
+        source,
+        check,
+        input_size=input_size,
+        output_dir=cfg.output_dir,
+        embedder=embedder,
+        device=distributed.device(device),
+    )
 
 
 if __name__ == "__main__":
