@@ -148,7 +148,8 @@ class Watch:
             self._tell(
                 "finite",
                 "step %d: the loss is %g, the mean norm of the embeddings %g; most likely the run diverged: "
-                "training.lr is too high for the start (warmup_epochs, gradient_clip=5), or fp16 overflowed (precision=bf16)",
+                "training.lr is too high for the start (warmup_epochs, gradient_clip=5), or fp16 overflowed "
+                "(precision=bf16)",
                 *(step, means["loss"], means["norm_mean"]),
             )
 
@@ -176,7 +177,8 @@ class Watch:
             self._tell(
                 "collapsed",
                 "step %d: the embeddings of a batch are all alike (mean cosine %.3f, spread %.3f of their length); "
-                "most likely the network collapsed (training.lr too high at the start) or the images are all the same",
+                "most likely the network collapsed (training.lr too high at the start, labels that mean nothing) or the "
+                "images are all the same",
                 *(step, means["batch_cosine"], means["spread"]),
             )
 

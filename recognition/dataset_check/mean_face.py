@@ -38,7 +38,7 @@ SCALES = 2.0 ** (np.arange(-8, 5) / 8)  # 0.5 to 1.4: size of the face, the temp
 ALIGNED = 0.4
 FACE_FOUND = 0.6  # the same, at the best place and size: 0.75 for LFW, 0.4 for a smear
 MAX_SHIFT = 4.5  # pixels of S; LFW: 2
-SCALE_RANGE = (0.8, 1.25)  # LFW: 0.84
+SCALE_RANGE = (0.75, 1.3)  # LFW: 0.84
 MIN_IMAGES = 20
 
 
@@ -74,8 +74,8 @@ def check_mean_face(mean_face: np.ndarray | None, num_images: int) -> tuple[Outc
     if fit.best_correlation >= FACE_FOUND and (off or fit.correlation < ALIGNED):
         outcome.warning(
             "alignment",
-            f"{seen}, best {right:+.0f} pixels to the right, {down:+.0f} down and {fit.scale:.2f} times as large "
-            f"({fit.best_correlation:.2f})",
+            f"{seen}, best {abs(right):.0f} pixels to the {'right' if right > 0 else 'left'}, {abs(down):.0f} "
+            f"{'down' if down > 0 else 'up'} and {fit.scale:.2f} times as large ({fit.best_correlation:.2f})",
             "crops with more background, of another template, or not aligned",
             "align.py puts faces where recognisers and benchmarks have them",
         )
