@@ -8,6 +8,7 @@ The same command goes on where a killed run stopped. Settings: configs/recogniti
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
