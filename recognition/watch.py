@@ -177,8 +177,8 @@ class Watch:
             self._tell(
                 "collapsed",
                 "step %d: the embeddings of a batch are all alike (mean cosine %.3f, spread %.3f of their length); "
-                "most likely the network collapsed (training.lr too high at the start, labels that mean nothing) or the "
-                "images are all the same",
+                "most likely the network collapsed (training.lr too high at the start, labels that mean nothing) or "
+                "the images are all the same",
                 *(step, means["batch_cosine"], means["spread"]),
             )
 

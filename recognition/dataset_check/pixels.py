@@ -59,7 +59,8 @@ def check_files(images: ChosenImages, scan: Scan, max_unreadable: float, input_s
             "unreadable files",
             f"{len(unreadable)} of {count} images cannot be read ({some(unreadable)})",
             "a copy or a download that was cut short",
-            f"replace or remove them: training stops at the first (check.max_unreadable={max_unreadable:g})",
+            f"replace or remove them, training stops at the first; check.max_unreadable ({max_unreadable:g}) is the "
+            "share that this check lets through",
         )
     readable = max(1, count - len(unreadable))
     odd = sum(n for (width, height), n in scan.sizes.items() if width != height)
