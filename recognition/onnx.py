@@ -19,7 +19,7 @@ class OnnxRecogniser(nn.Module):
     """An ONNX graph behind a module's face: (B, 3, S, S) in the graph's own scale => (B, num_features).
 
     Name, size and layout (channels first or last) of the input, and the width of the output, are the file's own. A
-    graph for batches of a fixed size gets its batches filled up with zeros.
+    graph for batches of a fixed size gets its batches filled up with zeros. `properties`: what its maker wrote in it.
     """
 
     def __init__(self, path: str | Path, input_size: int) -> None:
@@ -65,6 +65,7 @@ class OnnxRecogniser(nn.Module):
         if probe.ndim != 2 or len(probe) != 1:
             raise UserError(f"{path}: gives {probe.shape} for one image; a recogniser gives one vector")
         self.num_features: int = probe.shape[1]
+        self.properties: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self._run(images.cpu().numpy())).to(images.device)

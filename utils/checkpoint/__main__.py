@@ -33,11 +33,12 @@ def inspect(path: Path) -> list[str]:
     """
     if path.suffix == ".onnx" and path.is_file():
         graph = OnnxRecogniser(path, input_size=112)
-        return [
+        lines = [
             f"{path}: an ONNX recogniser ({graph.input_size} pixels => {graph.num_features} numbers)",
             f"input: {graph.input_name}, channels {'last' if graph.channels_last else 'first'}, batches of "
             f"{graph.batch or 'any size'}",
         ]
+        return [*lines, *(f"{key}: {value}" for key, value in sorted(graph.properties.items()))]
     content, metadata = read_content(path)
     if isinstance(content, dict) and content.get("kind") in RUNS:
         return _describe_run(path, content)
