@@ -56,15 +56,15 @@ class AlignSettings:
 
     input_dir: str
     output_dir: str
-    layout: str
-    tile_size: int | None
-    min_face_size: float
-    detection_size: int
-    detection_padding: float
-    just_resize_if_fail: bool
-    discard_identity_if_fail: bool
-    processes: int | None
-    device: str
+    layout: str = "auto"
+    tile_size: int | None = None
+    min_face_size: float = 20
+    detection_size: int = 112
+    detection_padding: float = 0.1
+    just_resize_if_fail: bool = False
+    discard_identity_if_fail: bool = False
+    processes: int | None = None
+    device: str = "auto"
 
     def check(self) -> None:
         """Raise UserError for values that make no sense, before work starts."""
