@@ -5,6 +5,7 @@ Every entry point is a function of a composed Hydra configuration, wrapped by `e
 status 2, before any work starts. Everything else keeps its traceback, because it is our mistake.
 """
 
+import argparse
 import dataclasses
 import difflib
 import functools
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -105,6 +106,16 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         return launch
 
     return decorate
+
+
+class CommandLineParser(argparse.ArgumentParser):
+    """An argparse parser whose mistakes are UserErrors, as everywhere; its description keeps its lines."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help shows how it is called")
 
 
 def command_line(main: Callable[[], int]) -> None:

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.config import UserError, command_line, existing_file, existing_folder
+from utils.config import CommandLineParser, UserError, command_line, existing_file, existing_folder
 from utils.data.formats.check import check_images
 from utils.data.formats.labelled import LabelledImages
 from utils.data.formats.pairs import VerificationPairs, draw_pairs, read_pairs, write_bin
@@ -22,16 +22,9 @@ from utils.images import write_image
 from utils.logging import setup_logging
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; {self.prog} --help shows how it is called")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    commands = _Parser(
-        prog="python -m utils.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    commands = CommandLineParser(prog="python -m utils.data", description=__doc__)
     sub = commands.add_subparsers(dest="command", required=True)
     root = "where the images of a name list, the shards of an index or the people of pairs.txt are; else beside it"
 
