@@ -115,14 +115,16 @@ def run(monkeypatch, capsys, *words: str) -> list[str]:
 
 
 def test_verdicts(folder, monkeypatch, capsys):
-    images = ("photos/a/0.png", "photos/b/0.png", "--checkpoint", "backbone.safetensors")
-    crops = [face_crop(name, FaceAligner())[0] for name in images[:2]]
-    rows = backbone_embedder("backbone.safetensors").embed(np.stack(crops))
+    generator = np.random.default_rng(0)
+    write_image(folder / "crop.png", generator.integers(0, 256, (112, 112, 3), dtype=np.uint8))
+    images = ("photos/a/0.png", "crop.png", "--checkpoint", "backbone.safetensors")
+    face, _ = face_crop(images[0], FaceAligner())
+    rows = backbone_embedder("backbone.safetensors").embed(np.stack([face, read_image(images[1])]))
     cosine = float(rows[0] @ rows[1])
 
     lines = run(monkeypatch, capsys, *images)
-    for line, name in zip(lines[:2], images[:2], strict=True):
-        assert line.startswith(f"{name}: face found (probability ") and line.endswith("), aligned")
+    assert lines[0] == "photos/a/0.png: face found (probability 1.000), aligned"
+    assert lines[1] == "crop.png: 112 x 112 pixels, taken as an aligned crop"
     assert lines[2:4] == ["network: backbone.safetensors", f"similarity: {cosine:.4f} (cosine)"]
     assert (
         lines[4].startswith("threshold: none, backbone.safetensors is not calibrated") and lines[5] == "verdict: none"

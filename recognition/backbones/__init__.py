@@ -7,7 +7,9 @@ Input: float32 (B, 3, S, S) RGB in [-1, 1], S = `backbone.input_size`; output: (
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -124,14 +126,23 @@ def build_backbone(
     return backbone
 
 
-def save_backbone(backbone: nn.Module, path: str | Path, channel_order: str | None = None) -> None:
+def save_backbone(
+    backbone: nn.Module,
+    path: str | Path,
+    channel_order: str | None = None,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
     """Write weights and configuration as safetensors; `load_backbone` needs nothing else.
 
-    `channel_order`: of the images that the network was trained on, RGB or BGR; None: nobody knows.
+    `channel_order`: of the images that the network was trained on, RGB or BGR; None: nobody knows. `provenance`: what
+    it was trained on and with, JSON values (see `recognition.provenance`); None: nobody knows either.
     """
-    metadata = {"kind": BACKBONE, "config": backbone.config}
+    metadata: dict[str, Any] = {"kind": BACKBONE, "config": backbone.config}
     if channel_order is not None:
         metadata["channel_order"] = channel_order
+    if provenance is not None:
+        metadata["provenance"] = dict(provenance)
     save_safetensors(backbone.state_dict(), path, metadata)
 
 

@@ -20,6 +20,7 @@ from diffusion.model_file import model_of_network_file, model_of_record, save_mo
 from models.autoencoder.vqgan import load_decoder, load_encoder
 from recognition.backbones import backbone_of, save_backbone
 from recognition.onnx import OnnxRecogniser
+from recognition.provenance import describe_provenance
 from utils.checkpoint import read_content, save_safetensors
 from utils.config import UserError
 from utils.embedders import facenet_embedder
@@ -56,6 +57,8 @@ def inspect(path: Path) -> list[str]:
         lines.append(f"channel order: {file.channel_order}")
     if file.beside:
         lines.append("beside it: " + ", ".join(f"{name} ({count} keys)" for name, count in sorted(file.beside.items())))
+    if "provenance" in metadata:
+        lines.append(f"trained on: {describe_provenance(metadata['provenance'])}")
     if metadata:
         lines.append(f"metadata: {json.dumps(metadata)}")
     return lines
@@ -93,7 +96,7 @@ def _convert_network(file: NetworkFile, out: Path, model_cfg_path: str | None, d
         model = model_of_network_file(file, model_cfg_path=model_cfg_path, diffusion_cfg_path=diffusion_cfg_path)
         save_model_file(model, out)
     elif file.kind == BACKBONE:
-        save_backbone(backbone_of(file), out, file.channel_order)
+        save_backbone(backbone_of(file), out, file.channel_order, provenance=file.metadata.get("provenance"))
     elif file.kind == FACENET:
         save_safetensors(facenet_embedder(str(file.path)).network.network.state_dict(), out, {"kind": FACENET})
     else:
