@@ -156,13 +156,13 @@ def threshold_of(report: dict[str, Any], path: Path, set_name: str | None = None
     found = sets[name]
     try:
         squared, accuracy = float(found["threshold"]), float(found["accuracy"])
-        count = int(found["num_genuine"]) + int(found["num_impostor"])
+        count, folds = int(found["num_genuine"]) + int(found["num_impostor"]), int(found["num_folds"])
         flip, order = bool(report["flip"]), report.get("channel_order")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"--results: {path} lacks a number for {name} ({error}); test the network again") from error
     if not (math.isfinite(squared) and 0 <= squared <= 4):
         raise UserError(f"--results: {path} has threshold {squared} for {name}; a squared distance is between 0 and 4")
-    source = f"from {path}: it tells {100 * accuracy:.2f} % of {count} pairs of {name} right (10 folds)"
+    source = f"from {path}, set {name}: {100 * accuracy:.2f} % of {count} pairs right, {folds} folds"
     return Threshold(1 - squared / 2, source, flip, order)
 
 

@@ -100,7 +100,7 @@ def test_mistakes_of_embed(folder, compose, overrides, message):
 
 def results(path: Path, sets: dict[str, float], checkpoint: str = "backbone.safetensors", **more) -> Path:
     """results.json as recognition.test writes it, with thresholds by set (squared distances)."""
-    numbers = {"accuracy": 0.9, "num_genuine": 30, "num_impostor": 20}
+    numbers = {"accuracy": 0.9, "num_genuine": 30, "num_impostor": 20, "num_folds": 5}
     report = {"checkpoint": checkpoint, "flip": True, "channel_order": None, **more}
     report["sets"] = {name: {"threshold": threshold, **numbers} for name, threshold in sets.items()}
     path.parent.mkdir(exist_ok=True)
@@ -138,7 +138,7 @@ def test_verdicts(folder, monkeypatch, capsys):
         ]
         file = results(folder / "results.json", {"pairs": 2 - 2 * (cosine + offset)})
         lines = run(monkeypatch, capsys, *images)
-        told = f"from {file.name}: it tells 90.00 % of 50 pairs of pairs right (10 folds)"
+        told = f"from {file.name}, set pairs: 90.00 % of 50 pairs right, 5 folds"
         assert lines[4:] == [f"threshold: {cosine + offset:.4f}, {told}", f"verdict: {words}"]
 
     lines = run(monkeypatch, capsys, images[0], images[0], *images[2:], "--align", "never")
