@@ -37,6 +37,7 @@ class Classified:
     hits: Tensor  # (B,) bool: the own class is the nearest of those in use, without margin
     cosines: Tensor  # (B,) to the own class, without gradient
     norms: Tensor  # (B,) of the embeddings, without gradient
+    embeddings: Tensor  # (B, D), without gradient
 
 
 class PartialFC(nn.Module):
@@ -99,7 +100,7 @@ class PartialFC(nn.Module):
         # At the own class the target; where that is elsewhere, column 0 stays what it is
         logits = others.scatter(1, places, torch.where(mine[:, None], target[:, None], others.gather(1, places)))
         loss = _CrossEntropy.apply(self.head.scale * logits, columns)
-        return Classified(loss, own.detach() >= nearest, own.detach(), norms)
+        return Classified(loss, own.detach() >= nearest, own.detach(), norms, embeddings.detach())
 
     def _columns(self, labels: Tensor) -> Tensor:
         """The columns (B,) of this process's logits that belong to `labels` (B,); -1 for classes that are elsewhere."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,10 +54,13 @@ log = get_logger(__name__)
 
 
 class Watch(Protocol):
-    """What looks after a run."""
+    """What looks after a run: recognition.watch.Watch."""
 
-    def look(self, step: int, result: Classified) -> dict[str, float]:
-        """Called with each reported step (from 1 on), on every process; numbers for the log."""
+    def look(
+        self, step: int, *, loss: Tensor, hits: Tensor, norms: Tensor, cosines: Tensor, embeddings: Tensor
+    ) -> dict[str, float]:
+        """Called on every process with each reported step (from 1 on), of which all see the global batch: see
+        `Classified`. Returns numbers for the log."""
 
 
 def train(
@@ -193,7 +196,7 @@ def train(
                     values |= {"loss": loss, "accuracy": accuracy}
                     bar.set_postfix(loss=f"{loss:.3f}", img_s=f"{speed:.0f}", refresh=False)
                 if watch is not None:
-                    values |= watch.look(done, result)
+                    values |= watch.look(done, **vars(result))
                 write_or_warn("the log", partial(report, scalars, metrics_file, done, values))
                 logging_tally.clear()
                 images_seen, tick = 0, time.perf_counter()
@@ -296,8 +299,8 @@ def _backward(
     if len(parts) == 1:
         return parts[0]
     whole = Classified(
-        loss=torch.stack([part.loss for part in parts]).sum(),
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("hits", "cosines", "norms")},
+        torch.stack([part.loss for part in parts]).sum(),
+        *(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Classified) if f.name != "loss"),
     )
     # Once a step, as without parts; margins go by the statistics of the step before
     classifier.head.observe(whole.cosines, whole.norms)

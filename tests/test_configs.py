@@ -35,7 +35,7 @@ def test_every_entry_point_composes(compose, name):
 
 def test_every_group_is_used_by_a_test_below():
     tested = {"model", "diffusion", "sampler", "dataset", "optimizer", "lr_scheduler", "ema", "autoencoder", "backbone"}
-    assert {path.parent.name for path in GROUPS} == tested | {"head", "source", "embedder", "augment"}
+    assert {path.parent.name for path in GROUPS} == tested | {"head", "source", "embedder", "augment", "lr_schedule"}
 
 
 @pytest.mark.parametrize("name", group("model"))
@@ -91,6 +91,14 @@ def test_optimisers_and_their_schedules(compose, name, schedule):
     optimizer.step()
     scheduler.step()
     assert parameter.detach()[0] < 1 and scheduler.get_last_lr()[0] > 0
+
+
+@pytest.mark.parametrize("name", group("lr_schedule"))
+def test_rates_of_recognition(compose, name):
+    cfg = compose("recognition_train_config", f"lr_schedule@training.lr_schedule={name}").training
+    schedule = instantiate(cfg.lr_schedule, "training.lr_schedule")
+    assert schedule.at(0, steps_per_epoch=10, epochs=40) == 1.0
+    assert set(cfg.lr_schedule) - {"_target_"} == {field.name for field in dataclasses.fields(schedule)}
 
 
 @pytest.mark.parametrize("name", group("ema"))
