@@ -17,9 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from recognition.augment import Augmentation
 from recognition.dataset_check import CheckSettings, check_training_set
 from recognition.datasets import DatasetSettings, IdentityDataset, TrainingSet, open_training_set
+from recognition.heads import CosineHead
 from recognition.training_loop import train
 from recognition.training_settings import TrainingSettings
 from recognition.validation import ValidationSettings, benchmark_validation
+from recognition.watch import Watch, chance_loss
 from utils import distributed
 from utils.config import UserError, check_keys, entry_point, instantiate, plain, settings
 from utils.distributed import seed_for
@@ -61,7 +63,20 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         seed=loop.seed,
         cache_in_memory=data.cache_in_memory,
     )
-    return train(backbone, head, dataset, make_optimizer, lr_schedule, loop, cfg.output_dir, plain(cfg), validate)
+    watch = Watch(
+        max(2, round(loop.sample_rate * len(source.identities))),
+        steps_per_epoch=loop.steps_of_epoch(len(dataset)),
+        loss_at_chance=loss_at_chance(head, len(source.identities)),
+    )
+    return train(
+        backbone, head, dataset, make_optimizer, lr_schedule, loop, cfg.output_dir, plain(cfg), validate, watch
+    )
+
+
+def loss_at_chance(head: CosineHead, num_identities: int) -> float:
+    """The loss (nats) of embeddings at right angles to every class centre."""
+    target = head.target_logit(torch.zeros(1), torch.ones(1), torch.Generator())
+    return chance_loss(num_identities, head.scale, target.item())
 
 
 def look_at_images(

@@ -99,8 +99,8 @@ def train(
     if lr_schedule.needs_validation and validate is None:
         raise UserError("training.lr_schedule: plateau goes by validation, and this run has no set to validate on")
     identities = dataset.source.identities
-    global_batch = cfg.batch_size * distributed.world_size()
-    steps_per_epoch = cfg.steps_per_epoch or max(1, len(dataset) // global_batch)
+    global_batch = cfg.images_per_step
+    steps_per_epoch = cfg.steps_of_epoch(len(dataset))
     last_step = cfg.epochs * steps_per_epoch
     batches = partial(_batches, dataset, cfg)
     batches(0, last_step)  # a batch that cannot be is told before work
@@ -128,7 +128,7 @@ def train(
         if progress.step >= last_step or lr_schedule.stops:
             metrics = finished_metrics(progress, output_dir)
             if metrics is None:
-                return leave_files(progress, backbone, dataset, global_batch, output_dir)
+                return leave_files(progress, backbone, head, dataset, global_batch, output_dir)
             log.info("this run is finished (%d steps); its files are in %s", progress.step, output_dir)
             return metrics
         log.info("going on from step %d", progress.step)
@@ -241,7 +241,7 @@ def train(
                 break
     bar.close()
     scalars.close()
-    return leave_files(progress, backbone, dataset, global_batch, output_dir)
+    return leave_files(progress, backbone, head, dataset, global_batch, output_dir)
 
 
 def _batches(dataset: IdentityDataset, cfg: TrainingSettings, first_step: int, last_step: int) -> StepBatches:

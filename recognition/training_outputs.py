@@ -12,7 +12,9 @@ from torch import nn
 
 from recognition.backbones import num_parameters, save_backbone
 from recognition.datasets import IdentityDataset
+from recognition.heads import CosineHead
 from recognition.lr_schedules import LRSchedule
+from recognition.provenance import training_provenance
 from recognition.training_state import Progress
 from utils import distributed
 from utils.checkpoint import write_json
@@ -43,7 +45,7 @@ def validate_epoch(
     if progress.best is None or mean > progress.best["mean"]:
         progress.best = {"epoch": epoch, "mean": mean}
         if distributed.is_main():
-            write_or_warn("the best backbone", partial(save_backbone, backbone, output_dir / BEST_FILE))
+            write_or_warn("the best backbone", partial(save_backbone, backbone, output_dir / BEST_FILE, "RGB"))
     return results
 
 
@@ -73,7 +75,12 @@ def finished_metrics(progress: Progress, output_dir: Path) -> dict[str, Any] | N
 
 
 def leave_files(
-    progress: Progress, backbone: nn.Module, dataset: IdentityDataset, images_per_step: int, output_dir: Path
+    progress: Progress,
+    backbone: nn.Module,
+    head: CosineHead,
+    dataset: IdentityDataset,
+    images_per_step: int,
+    output_dir: Path,
 ) -> dict[str, Any]:
     """Write `backbone.safetensors` and `metrics.json` at the end of a run; the metrics."""
     metrics = {
@@ -90,7 +97,14 @@ def leave_files(
         "history": progress.history,
     }
     if distributed.is_main():
-        save_backbone(backbone, output_dir / BACKBONE_FILE)
+        provenance = training_provenance(
+            head,
+            identities=metrics["identities"],
+            images=len(dataset),
+            images_per_step=images_per_step,
+            steps=progress.step,
+        )
+        save_backbone(backbone, output_dir / BACKBONE_FILE, "RGB", provenance=provenance)
         write_json(output_dir / METRICS_FILE, metrics)
         log.info("wrote %s", output_dir / BACKBONE_FILE)
     distributed.barrier()

@@ -65,3 +65,12 @@ class TrainingSettings:
         if self.sync_batch_norm and distributed.world_size() > 1 and not torch.cuda.is_available():
             raise UserError("training.sync_batch_norm: true, but torch synchronises batch norms on GPUs only")
         check_precision(self.precision)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images a step of all processes together."""
+        return self.batch_size * distributed.world_size()
+
+    def steps_of_epoch(self, images: int) -> int:
+        """Steps of an epoch over a set of so many images."""
+        return self.steps_per_epoch or max(1, images // self.images_per_step)

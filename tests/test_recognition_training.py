@@ -24,7 +24,7 @@ from recognition.training_state import parameter_groups
 from tests.processes import together
 from tests.test_recognition import people  # noqa: F401 (a fixture)
 from utils import distributed
-from utils.checkpoint import CheckpointFolder, load_safetensors, load_torch
+from utils.checkpoint import CheckpointFolder, load_safetensors, load_torch, read_metadata
 from utils.config import UserError
 from utils.interruption import STATUS
 
@@ -129,6 +129,10 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     # The epoch's means are those of its steps
     assert metrics["history"][0]["loss"] == pytest.approx((lines[0]["loss"] + lines[1]["loss"]) / 2)
     assert load_backbone(finished / "backbone.safetensors").config["input_size"] == 16
+    metadata = read_metadata(finished / "backbone.safetensors")
+    assert metadata["channel_order"] == "RGB" and metadata["provenance"]["head"]["name"] == "ArcFace"
+    found = [metadata["provenance"][key] for key in ("identities", "images", "steps", "images_per_step")]
+    assert found == [8, 48, 12, 12]
 
 
 def test_a_finished_run_is_left_alone(people: Path, finished: Path, caplog) -> None:  # noqa: F811
@@ -326,7 +330,7 @@ def test_processes_agree_on_a_gradient_that_one_of_them_cannot_take(people: Path
     metrics = together(2, tmp_path / "a", run_poisoned_shard, people, tmp_path / "run")
     state = last_state(tmp_path / "run")
     skipped = state["progress"]["skipped_steps"]
-    assert [m["skipped_steps"] for m in metrics] == [skipped] * 2 and 1 <= skipped <= 3
+    assert [m["skipped_steps"] for m in metrics] == [skipped] * 2 and 1 <= skipped <= 6
     assert state["scaler"]["scale"] == 2.0 ** (16 - skipped)  # rank 0's, which saw no overflow of its own
     assert all(torch.isfinite(tensor).all() for tensor in flat(state).values())
 
