@@ -74,6 +74,22 @@ def test_values(compose, recipe):
         assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
+@pytest.mark.parametrize(
+    ("recipe_and_head", "margin"),
+    [
+        (("dcface", "head=adaface"), 0.4),
+        (("idiff_face", "head=elasticface_cos"), 0.35),
+        (("idiff_face", "head=elasticface_arc", "head.margin=0.5"), 0.5),
+    ],
+)
+def test_the_heads_that_headers_name_have_their_margins(compose, recipe_and_head, margin):
+    name, *overrides = recipe_and_head
+    header = (CONFIG_DIR / f"experiment/recognition_{name}.yaml").read_text()
+    assert " ".join(overrides) in header
+    head = compose("recognition_train_config", f"experiment=recognition_{name}", *overrides).head
+    assert (head.margin, head.scale) == (margin, 64.0)
+
+
 def test_two_steps_at_an_eighth_of_the_width(compose, face_folder, tmp_path, recipe):
     small = ("backbone.width=0.125", "backbone.input_size=32", "training.epochs=1", "training.steps_per_epoch=2")
     small += ("training.batch_size=4", "training.num_workers=0", "training.device=cpu")
