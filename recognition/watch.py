@@ -1,6 +1,6 @@
 """What watches over a recogniser while it trains: numbers that go wrong, each told once with what it most likely means.
 
-Legend: B batch of this process, D width of the embedding, K identities.
+Legend: B batch of all processes, D width of the embedding, K identities.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ class Hits:
 
 
 class Watch:
-    """Called with the numbers of a step every so often, on all ranks at the same steps."""
+    """Called with the numbers of the global batch every so often. Ranks hold the same ones; rank 0 speaks."""
 
     def __init__(
         self, num_identities: int, *, steps_per_epoch: int, loss_at_chance: float | None = None, patience: int = 2
     ) -> None:
-        """loss_at_chance: see `chance_loss`; None: log K. patience: epochs after which a run should have left chance.
+        """num_identities: K, those that a step compares (with Partial FC its share). loss_at_chance: see `chance_loss`;
+        None: log K. patience: epochs after which a run should have left chance.
 
         Raises ValueError for fewer than two identities, or no steps.
         """
@@ -80,7 +81,7 @@ class Watch:
     ) -> dict[str, float]:
         """Judge step `step` (from 1 on); every warning is logged once, on rank 0.
 
-        Args, all detached, of this process:
+        Args, all of the global batch:
             loss: scalar, the step's loss.
             hits: (any,) bool, whether the nearest class was the right one, of this step or of all since the last look.
             norms: (B,) lengths of the embeddings before they are normalised.
@@ -88,54 +89,25 @@ class Watch:
             embeddings: (B, D), any length.
 
         Returns:
-            Means over all processes for the log: watch/norm_mean, norm_std; angle_mean, angle_std (to the own class,
-            degrees); batch_cosine (mean cosine of two embeddings of a batch); spread (deviation from the mean over
-            length).
+            For the log: norm_mean, norm_std; angle_mean, angle_std (to the own class, degrees); batch_cosine (mean
+            cosine of two embeddings); spread (deviation of the embeddings from their mean, over their length).
         """
-        means = self._measure(loss, hits, norms, cosines, embeddings)
-        seen, right = (distributed.world_size() * means[name] for name in ("seen", "right"))
+        numbers = measure(loss, hits, norms, cosines, embeddings)
+        seen, right, loss_now = hits.numel(), numbers.pop("right"), numbers.pop("loss")
         epoch = (step - 1) // self.steps_per_epoch
         self._recent.add(seen, right)
         if epoch == 0 and 2 * step > self.steps_per_epoch:
             self._early.add(seen, right)
 
-        self._judge_finite(step, means)
-        if math.isfinite(means["norm_mean"]):
-            self._judge_norms(step, means)
-            self._judge_collapse(step, means)
+        self._judge_finite(step, loss_now, numbers["norm_mean"])
+        if math.isfinite(numbers["norm_mean"]):
+            self._judge_norms(step, numbers["norm_mean"])
+            self._judge_collapse(step, numbers)
         if step >= self.patience * self.steps_per_epoch:
-            self._judge_chance(step, means["loss"])
+            self._judge_chance(step, loss_now)
         if step % self.steps_per_epoch == 0 or epoch > 0:
             self._judge_leak(step)
-        names = ("norm_mean", "norm_std", "angle_mean", "angle_std", "batch_cosine", "spread")
-        return {f"watch/{name}": means[name] for name in names}
-
-    def _measure(
-        self, loss: Tensor, hits: Tensor, norms: Tensor, cosines: Tensor, embeddings: Tensor
-    ) -> dict[str, float]:
-        norms, embeddings = norms.float(), embeddings.float()
-        angles = cosines.float().clamp(-1, 1).acos().rad2deg()
-        batch = len(embeddings)
-        total = F.normalize(embeddings).sum(dim=0)  # (D,)
-        length = embeddings.square().sum(dim=1).mean().sqrt()
-        deviation = (embeddings - embeddings.mean(dim=0)).square().sum(dim=1).mean().sqrt()
-        values = {
-            "loss": loss.float(),
-            "seen": torch.tensor(float(hits.numel()), device=norms.device),
-            "right": hits.sum().float(),
-            "norm_mean": norms.mean(),
-            "norm_square": norms.square().mean(),
-            "angle_mean": angles.mean(),
-            "angle_square": angles.square().mean(),
-            # |sum u|^2 counts every pair twice and every embedding with itself once
-            "batch_cosine": (total.square().sum() - batch) / max(1, batch * (batch - 1)),
-            "spread": deviation / length.clamp_min(torch.finfo(length.dtype).tiny),
-        }
-        stacked = torch.stack([value.double() for value in values.values()])
-        means = dict(zip(values, distributed.all_reduce_mean(stacked).tolist(), strict=True))
-        for name in ("norm", "angle"):
-            means[f"{name}_std"] = math.sqrt(max(0.0, means[f"{name}_square"] - means[f"{name}_mean"] ** 2))
-        return means
+        return numbers
 
     def _tell(self, key: str, message: str, *arguments: object) -> None:
         if key not in self._told:
@@ -143,18 +115,17 @@ class Watch:
             if distributed.is_main():
                 log.warning(message, *arguments)
 
-    def _judge_finite(self, step: int, means: dict[str, float]) -> None:
-        if not math.isfinite(means["loss"]) or not math.isfinite(means["norm_mean"]):
+    def _judge_finite(self, step: int, loss: float, norm: float) -> None:
+        if not math.isfinite(loss) or not math.isfinite(norm):
             self._tell(
                 "finite",
                 "step %d: the loss is %g, the mean norm of the embeddings %g; most likely the run diverged: "
                 "training.lr is too high for the start (warmup_epochs, gradient_clip=5), or fp16 overflowed "
                 "(precision=bf16)",
-                *(step, means["loss"], means["norm_mean"]),
+                *(step, loss, norm),
             )
 
-    def _judge_norms(self, step: int, means: dict[str, float]) -> None:
-        norm = means["norm_mean"]
+    def _judge_norms(self, step: int, norm: float) -> None:
         if self._first_norm is None:
             self._first_norm = norm
         if norm > NORM_FACTOR * max(self._first_norm, 1e-6):
@@ -172,14 +143,14 @@ class Watch:
                 *(step, norm, self._first_norm),
             )
 
-    def _judge_collapse(self, step: int, means: dict[str, float]) -> None:
-        if means["batch_cosine"] > COLLAPSED or means["spread"] < FLAT:
+    def _judge_collapse(self, step: int, numbers: dict[str, float]) -> None:
+        if numbers["batch_cosine"] > COLLAPSED or numbers["spread"] < FLAT:
             self._tell(
                 "collapsed",
                 "step %d: the embeddings of a batch are all alike (mean cosine %.3f, spread %.3f of their length); "
                 "most likely the network collapsed (training.lr too high at the start, labels that mean nothing) or "
                 "the images are all the same",
-                *(step, means["batch_cosine"], means["spread"]),
+                *(step, numbers["batch_cosine"], numbers["spread"]),
             )
 
     def _judge_chance(self, step: int, loss: float) -> None:
@@ -209,3 +180,26 @@ class Watch:
                 "border an identity): look at images of some identities",
                 *(step, 100 * self._early.accuracy),
             )
+
+
+def measure(loss: Tensor, hits: Tensor, norms: Tensor, cosines: Tensor, embeddings: Tensor) -> dict[str, float]:
+    """The numbers that `Watch.look` returns, with `loss` and `right` (hits), in one transfer from the device."""
+    norms, embeddings = norms.float(), embeddings.float()
+    angles = cosines.float().clamp(-1, 1).acos().rad2deg()  # (B,)
+    batch = len(embeddings)
+    total = F.normalize(embeddings).sum(dim=0)  # (D,)
+    length = embeddings.square().sum(dim=1).mean().sqrt()
+    deviation = (embeddings - embeddings.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+    values = {
+        "loss": loss,
+        "right": hits.sum(),
+        "norm_mean": norms.mean(),
+        "norm_std": norms.std(correction=0),
+        "angle_mean": angles.mean(),
+        "angle_std": angles.std(correction=0),
+        # |sum u|^2 counts every pair twice and every embedding with itself once
+        "batch_cosine": (total.square().sum() - batch) / max(1, batch * (batch - 1)),
+        "spread": deviation / length.clamp_min(torch.finfo(length.dtype).tiny),
+    }
+    numbers = torch.stack([value.to(norms.device, torch.float32) for value in values.values()])
+    return dict(zip(values, numbers.tolist(), strict=True))

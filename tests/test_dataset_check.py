@@ -7,25 +7,24 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from recognition import check as check_command
 from recognition import train as train_command
-from recognition.augment import Augmentation
-from recognition.backbones import build_backbone
+from recognition.backbones import build_backbone, save_backbone
 from recognition.dataset_check import ERROR, WARNING, CheckSettings, check_training_set
 from recognition.dataset_check.counts import two_groups
 from recognition.dataset_check.labels import separability
 from recognition.dataset_check.mean_face import REFERENCE, fit_mean_face, render_mean_face
 from recognition.dataset_check.sample import TOGETHER, choose
-from recognition.datasets import IdentityDataset, TrainingSet, read_training_set
+from recognition.datasets import TrainingSet, read_training_set
 from recognition.heads import CosFace
-from recognition.training_loop import TrainingSettings, train
 from utils.alignment import norm_crop
 from utils.config import UserError
 from utils.data.formats.labelled import LabelledImages
 from utils.data.rendered import render_with_landmarks, sample_identity, sample_nuisance
 from utils.embedders import backbone_embedder
-from utils.images import encode_image, read_image, resize, write_encoded, write_image
+from utils.images import encode_image, read_image, resize, to_float, write_encoded, write_image
 
 LEARNT, UNSEEN, EACH = 28, 18, 6  # people that the embedder learns from, others, images of each person
 
@@ -73,15 +72,22 @@ def people() -> People:
 @pytest.fixture(scope="session")
 def embedder(people, tmp_path_factory):
     """A small recogniser that some seconds of training teach the first LEARNT people."""
-    folder = tmp_path_factory.mktemp("embedder")
+    path = tmp_path_factory.mktemp("embedder") / "backbone.safetensors"
     torch.manual_seed(0)
     backbone = build_backbone("ir_18", input_size=32, num_features=64, width=0.125)
-    count = LEARNT * EACH
-    source = training_set(people.aligned[:count], people.labels[:count])
-    dataset = IdentityDataset(source, size=32, augment=Augmentation(), seed=0, cache_in_memory=True)
-    options = TrainingSettings(epochs=12, batch_size=32, milestones=[8], num_workers=0)
-    train(backbone, CosFace(64, LEARNT, scale=16.0, margin=0.2), dataset, options, folder, {})
-    return backbone_embedder(str(folder / "backbone.safetensors"))
+    head = CosFace(64, LEARNT, scale=16.0, margin=0.2)
+    images = to_float(resize(people.aligned[: LEARNT * EACH], 32))
+    images, labels = torch.cat([images, images.flip(-1)]), torch.from_numpy(people.labels[: LEARNT * EACH]).repeat(2)
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for step in range(70):
+        optimizer.param_groups[0]["lr"] = 0.1 if step < 45 else 0.01
+        batch = torch.randperm(len(images))[:32]
+        loss = F.cross_entropy(head(backbone(images[batch]), labels[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_backbone(backbone, path)
+    return backbone_embedder(str(path))
 
 
 def findings(source, tmp_path, embedder=None, **settings):

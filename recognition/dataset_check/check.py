@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 
 from recognition.dataset_check.counts import check_counts
 from recognition.dataset_check.findings import ERROR, Outcome
@@ -17,7 +18,7 @@ from recognition.dataset_check.sample import ChosenImages, choose
 from recognition.datasets import TrainingSet
 from utils import distributed
 from utils.checkpoint import write_json
-from utils.config import UserError
+from utils.config import UserError, instantiate
 from utils.data.formats.check import scan_images
 from utils.embedders import Embedder
 from utils.images import write_image
@@ -47,6 +48,36 @@ class CheckSettings:
             raise UserError(f"check.max_unreadable: {self.max_unreadable}; a share from 0 to 1 is wanted")
         if self.errors not in ("stop", "warn"):
             raise UserError(f"check.errors: {self.errors!r}; stop or warn")
+
+
+@dataclass
+class TrainingCheckSettings(CheckSettings):
+    """The `check` section of recognition_train_config.yaml."""
+
+    enabled: bool = True
+
+
+def check_before_training(
+    cfg: DictConfig, settings: TrainingCheckSettings, source: TrainingSet, input_size: int, device: str
+) -> None:
+    """`check_training_set` at the start of a run of recognition.train with the configuration `cfg`.
+
+    The embedder, where `cfg` has one, is gone from memory afterwards. Raises UserError as `check_training_set`, and for
+    an embedder that nothing would use.
+    """
+    if not settings.enabled:
+        if "embedder" in cfg:
+            raise UserError("embedder: only the check of the images uses it, and check.enabled is false; leave one out")
+        return
+    embedder = instantiate(cfg.embedder, "embedder") if "embedder" in cfg else None
+    check_training_set(
+        source,
+        settings,
+        input_size=input_size,
+        output_dir=cfg.output_dir,
+        embedder=embedder,
+        device=distributed.device(device),
+    )
 
 
 def check_training_set(

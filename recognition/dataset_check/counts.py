@@ -10,6 +10,7 @@ import numpy as np
 from recognition.dataset_check.findings import Outcome
 from recognition.datasets import TrainingSet
 from utils.data.formats.check import some
+from utils.data.formats.labelled import LabelledImages
 
 EMPTY_ERROR = 0.1  # share of identity folders without an image that stops a run; fewer are a warning
 MANY_SINGLE = 0.5  # share of identities with one image that is told
@@ -27,8 +28,7 @@ def check_counts(source: TrainingSet) -> Outcome:
     """
     outcome = Outcome()
     counts = np.bincount(source.labels, minlength=len(source.identities))  # (K,)
-    everyone = np.bincount(source.images.labels, minlength=len(source.images.identities))
-    empty = [source.images.identities[label] for label in np.flatnonzero(everyone == 0)]
+    empty, listed = empty_identities(source.images)
     single = [source.identities[label] for label in np.flatnonzero(counts == 1)]
     low, middle, high = int(counts.min()), float(np.median(counts)), int(counts.max())
     outcome.facts["identities"] = len(counts)
@@ -38,10 +38,10 @@ def check_counts(source: TrainingSet) -> Outcome:
     outcome.facts["identities_without_images"] = len(empty)
 
     if empty:
-        share = len(empty) / len(everyone)
+        share = len(empty) / listed
         (outcome.error if share >= EMPTY_ERROR else outcome.warning)(
             "empty identities",
-            f"{len(empty)} of {len(everyone)} identities have no image ({some(empty)})",
+            f"{len(empty)} of {listed} identities have no image ({some(empty)})",
             "a half-empty folder tree: a copy, a generation or an alignment that stopped or failed there",
             "finish it, or remove the empty folders",
         )
@@ -62,6 +62,12 @@ def check_counts(source: TrainingSet) -> Outcome:
             f"finish it, or dataset.min_images_per_identity={round((typical_few * typical_many) ** 0.5)}",
         )
     return outcome
+
+
+def empty_identities(images: LabelledImages) -> tuple[list[str], int]:
+    """Names of the identities that a set lists without an image of theirs, and how many it lists."""
+    counts = np.bincount(images.labels, minlength=len(images.identities))
+    return [images.identities[label] for label in np.flatnonzero(counts == 0)], len(counts)
 
 
 def two_groups(counts: np.ndarray) -> tuple[int, float, float] | None:
