@@ -239,7 +239,7 @@ def _training(report: Report) -> str:
 
 def _detection(report: Report) -> str:
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td class='n'>{total:,}</td><td class='n'>{found:,}</td>"
+        f"<tr><td>{escape(NAMES.get(name, name))}</td><td class='n'>{total:,}</td><td class='n'>{found:,}</td>"
         f"<td class='n'>{100 * found / max(1, total):.1f} %</td></tr>"
         for name, total, found in report.detection
     )

@@ -93,7 +93,7 @@ class FaceDataset(Dataset):
             )
         report = log.info if found > len(names) / 2 else log.warning  # few matches: another folder, or another ending
         report(
-            "%d images of %d identities in %s (%d names without an image, %d images of excluded identities left out)",
+            "%d images of %d identities in %s (%d names without an image, %d embeddings of excluded people)",
             len(rows),
             len({PurePosixPath(name).parent.as_posix() for name in self.names}),
             self.root,
