@@ -9,27 +9,16 @@ Prints a line for every finding, writes dataset_check.json and mean_face.png to 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from omegaconf import DictConfig
 
 from recognition.dataset_check import CheckSettings, Outcome, check_training_set
-from recognition.datasets import read_training_set
+from recognition.datasets import DatasetSettings, open_training_set
 from utils import distributed
 from utils.config import UserError, check_keys, entry_point, instantiate, settings
 
 
-@dataclass
-class DatasetSettings:
-    """The `dataset` section of recognition_check_config.yaml."""
-
-    root: str
-    exclude_identities_file: str | None = None
-    min_images_per_identity: int = 1
-
-
 @entry_point("recognition_check_config")
-def main(cfg: DictConfig) -> Outcome:
+def main(cfg: DictConfig) -> list[Outcome]:
     check_keys(cfg, ("output_dir", "dataset", "embedder", "check", "input_size", "device"), "")
     data = settings(cfg.dataset, DatasetSettings, "dataset")
     options = settings(cfg.check, CheckSettings, "check")
@@ -37,11 +26,7 @@ def main(cfg: DictConfig) -> Outcome:
         raise UserError(f"input_size: {cfg.input_size!r}; a number of pixels above 0 is wanted")
     device = distributed.device(cfg.device)
     embedder = instantiate(cfg.embedder, "embedder") if "embedder" in cfg else None
-    source = read_training_set(
-        data.root,
-        exclude_identities_file=data.exclude_identities_file,
-        min_images_per_identity=data.min_images_per_identity,
-    )
+    source = open_training_set(data)
     return check_training_set(
         source, options, input_size=cfg.input_size, output_dir=cfg.output_dir, embedder=embedder, device=device
     )

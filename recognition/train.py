@@ -8,34 +8,26 @@ The same command goes on where a killed run stopped. Settings: configs/recogniti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from recognition.augment import Augmentation
-from recognition.dataset_check import CheckSettings, check_training_set
-from recognition.datasets import DatasetSettings, IdentityDataset, TrainingSet, open_training_set
-from recognition.heads import CosineHead
+from recognition.dataset_check import TrainingCheckSettings, check_before_training
+from recognition.datasets import DatasetSettings, IdentityDataset, open_training_set
 from recognition.training_loop import train
 from recognition.training_settings import TrainingSettings
 from recognition.validation import ValidationSettings, benchmark_validation
-from recognition.watch import Watch, chance_loss
-from utils import distributed
+from recognition.watch import watch_over
 from utils.config import UserError, check_keys, entry_point, instantiate, plain, settings
 from utils.distributed import seed_for
+from utils.logging import check_wandb
 
 KEYS = ("output_dir", "dataset", "augment", "backbone", "head", "training", "check", "embedder", "validation")
 # Parts of the section `training` that are config groups, built by their `_target_`.
 GROUPS = ("optimizer", "lr_schedule")
-
-
-@dataclass
-class TrainingCheckSettings(CheckSettings):
-    """The `check` section of recognition_train_config.yaml."""
-
-    enabled: bool = True
 
 
 @entry_point("recognition_train_config")
@@ -44,7 +36,9 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     loop = settings(
         OmegaConf.masked_copy(cfg.training, [k for k in cfg.training if k not in GROUPS]), TrainingSettings, "training"
     )
+    check_wandb(loop.wandb_project)
     make_optimizer, lr_schedule = (instantiate(cfg.training[name], f"training.{name}") for name in GROUPS)
+    check_optimizer(make_optimizer)
     data = settings(cfg.dataset, DatasetSettings, "dataset")
     augment = settings(cfg.augment, Augmentation, "augment")
     check = settings(cfg.check, TrainingCheckSettings, "check")
@@ -55,7 +49,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     torch.manual_seed(seed_for(loop.seed, "weights"))
     backbone = instantiate(cfg.backbone, "backbone")
     head = instantiate(cfg.head, "head", in_features=backbone.num_features, num_classes=len(source.identities))
-    look_at_images(cfg, check, source, backbone.input_size, loop.device)
+    check_before_training(cfg, check, source, backbone.input_size, loop.device)
     dataset = IdentityDataset(
         source,
         size=backbone.input_size,
@@ -63,39 +57,18 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         seed=loop.seed,
         cache_in_memory=data.cache_in_memory,
     )
-    watch = Watch(
-        max(2, round(loop.sample_rate * len(source.identities))),
-        steps_per_epoch=loop.steps_of_epoch(len(dataset)),
-        loss_at_chance=loss_at_chance(head, len(source.identities)),
-    )
+    watch = watch_over(head, len(dataset), loop)
     return train(
         backbone, head, dataset, make_optimizer, lr_schedule, loop, cfg.output_dir, plain(cfg), validate, watch
     )
 
 
-def loss_at_chance(head: CosineHead, num_identities: int) -> float:
-    """The loss (nats) of embeddings at right angles to every class centre."""
-    target = head.target_logit(torch.zeros(1), torch.ones(1), torch.Generator())
-    return chance_loss(num_identities, head.scale, target.item())
-
-
-def look_at_images(
-    cfg: DictConfig, check: TrainingCheckSettings, source: TrainingSet, input_size: int, device: str
-) -> None:
-    """The check before training; its embedder is gone from memory afterwards."""
-    if not check.enabled:
-        if "embedder" in cfg:
-            raise UserError("embedder: only the check of the images uses it, and check.enabled is false; leave one out")
-        return
-    embedder = instantiate(cfg.embedder, "embedder") if "embedder" in cfg else None
-    check_training_set(
-        source,
-        check,
-        input_size=input_size,
-        output_dir=cfg.output_dir,
-        embedder=embedder,
-        device=distributed.device(device),
-    )
+def check_optimizer(make_optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    """UserError for values that the optimiser does not take, before data are read."""
+    try:
+        make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"training.optimizer: {error}") from error
 
 
 if __name__ == "__main__":

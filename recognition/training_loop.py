@@ -46,7 +46,7 @@ from utils.distributed import seed_for
 from utils.guards import FiniteSteps, save_or_warn, write_or_warn
 from utils.images import to_float
 from utils.interruption import StopRequest
-from utils.logging import ScalarLogger, check_wandb, get_logger
+from utils.logging import ScalarLogger, get_logger
 from utils.metrics_file import MetricsFile, report
 from utils.precision import autocast, warn_of_emulation
 
@@ -95,7 +95,6 @@ def train(
     output_dir = Path(output_dir)
     device = distributed.device(cfg.device)
     warn_of_emulation(cfg.precision, device)
-    check_wandb(cfg.wandb_project)
     if lr_schedule.needs_validation and validate is None:
         raise UserError("training.lr_schedule: plateau goes by validation, and this run has no set to validate on")
     identities = dataset.source.identities

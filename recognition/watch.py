@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recognition.heads import CosineHead
+from recognition.training_settings import TrainingSettings
 from utils import distributed
 from utils.logging import get_logger
 
@@ -24,6 +26,7 @@ MIN_SEEN = 200  # images whose hits tell anything about the accuracy
 STUCK_LOSS = 0.95  # share of the loss at chance above which a loss has not moved
 LEAK = 0.99  # accuracy in the second half of the first epoch
 LEAK_IDENTITIES = 20  # fewer can be told apart so soon
+USUAL_NORM = 20.0  # of embeddings, for heads whose margin depends on it
 
 
 def chance_loss(num_identities: int, scale: float = 1.0, target_at_zero: float = 0.0) -> float:
@@ -180,6 +183,20 @@ class Watch:
                 "border an identity): look at images of some identities",
                 *(step, 100 * self._early.accuracy),
             )
+
+
+def watch_over(head: CosineHead, num_images: int, cfg: TrainingSettings) -> Watch:
+    """The watch of a run of recognition.train with the whole classifier `head` on so many images."""
+    in_use = max(2, round(cfg.sample_rate * len(head.weight)))
+    was_training = head.training
+    head.eval()  # random margins are their means
+    target = head.target_logit(torch.zeros(1), torch.full((1,), USUAL_NORM), None)
+    head.train(was_training)
+    return Watch(
+        in_use,
+        steps_per_epoch=cfg.steps_of_epoch(num_images),
+        loss_at_chance=chance_loss(in_use, head.scale, target.item()),
+    )
 
 
 def measure(loss: Tensor, hits: Tensor, norms: Tensor, cosines: Tensor, embeddings: Tensor) -> dict[str, float]:

@@ -17,8 +17,9 @@ from recognition.dataset_check.counts import two_groups
 from recognition.dataset_check.labels import separability
 from recognition.dataset_check.mean_face import REFERENCE, fit_mean_face, render_mean_face
 from recognition.dataset_check.sample import TOGETHER, choose
-from recognition.datasets import TrainingSet, read_training_set
+from recognition.datasets import DatasetSettings, open_training_set
 from recognition.heads import CosFace
+from recognition.training_sets import TrainingSet, read_training_set
 from utils.alignment import norm_crop
 from utils.config import UserError
 from utils.data.formats.labelled import LabelledImages
@@ -93,7 +94,7 @@ def embedder(people, tmp_path_factory):
 def findings(source, tmp_path, embedder=None, **settings):
     """What the check says, as `severity check`, and its outcome."""
     options = CheckSettings(**{"errors": "warn", **settings})
-    outcome = check_training_set(source, options, input_size=112, output_dir=tmp_path, embedder=embedder)
+    (outcome,) = check_training_set(source, options, input_size=112, output_dir=tmp_path, embedder=embedder)
     return [f"{finding.severity} {finding.check}" for finding in outcome.findings], outcome
 
 
@@ -225,15 +226,15 @@ def test_a_half_empty_folder_tree(people, tmp_path):
     small = resize(people.aligned, 32)
     whole = read_training_set(folders(tmp_path / "whole", small, [5] * 12))
     options = {"output_dir": tmp_path, "input_size": 32}
-    assert not check_training_set(whole, CheckSettings(), **options).findings
+    assert not check_training_set(whole, CheckSettings(), **options)[0].findings
     half = read_training_set(folders(tmp_path / "half", small, [5] * 6 + [0] * 6))
-    with pytest.raises(UserError, match=r"^dataset\.root: .*half: empty identities: 6 of 12 identities have no image "
+    with pytest.raises(UserError, match=r"^dataset: .*half: empty identities: 6 of 12 identities have no image "
                        r"\(006; 007; 008; \.\.\.\).*half-empty folder tree.*check\.errors=warn goes on$"):  # fmt: skip
         check_training_set(half, CheckSettings(), **options)
-    outcome = check_training_set(half, CheckSettings(errors="warn"), **options)
+    (outcome,) = check_training_set(half, CheckSettings(errors="warn"), **options)
     assert outcome.facts["identities_without_images"] == 6
     stopped = read_training_set(folders(tmp_path / "stopped", small, [10] * 8 + [2] * 4))
-    outcome = check_training_set(stopped, CheckSettings(), **options)
+    (outcome,) = check_training_set(stopped, CheckSettings(), **options)
     assert [finding.check for finding in outcome.findings] == ["images per identity"]
     assert "4 of 12 identities have about 2 images, the others about 10" in outcome.findings[0].line()
 
@@ -317,7 +318,7 @@ def test_commands(people, embedder, compose, tmp_path, monkeypatch):
         cfg = compose("recognition_train_config", *defaults, "backbone.input_size=32", *overrides)
         return train_command.main.__wrapped__(cfg)
 
-    monkeypatch.setattr(train_command, "train", lambda *arguments: "trained")
+    monkeypatch.setattr(train_command, "train", lambda *arguments, **hooks: "trained")
     with pytest.raises(UserError, match=r"channel order.*check\.errors=warn goes on"):
         start()
     assert start("check.errors=warn") == start("check.enabled=false") == "trained"
@@ -325,6 +326,18 @@ def test_commands(people, embedder, compose, tmp_path, monkeypatch):
         start("check.enabled=false", "embedder=own", "embedder.checkpoint=x")
     with pytest.raises(UserError, match=r"embedder\.checkpoint: no such file"):
         start("embedder=own", "embedder.checkpoint=x")
+
+
+def test_sets_that_are_joined_are_looked_at_one_by_one(people, tmp_path):
+    folders(tmp_path / "good", people.aligned, [5] * 12)
+    folders(tmp_path / "bad", people.aligned[..., ::-1], [5] * 12)
+    entries = [{"root": str(tmp_path / name)} for name in ("good", "bad")]
+    source = open_training_set(DatasetSettings(sets=entries))
+    first, second = check_training_set(source, CheckSettings(errors="warn"), input_size=112, output_dir=tmp_path)
+    assert (first.facts["images"], second.facts["identities"]) == (60, 12)
+    assert [finding.check for finding in second.findings] == ["channel order"]
+    report = json.loads((tmp_path / "1_dataset_check.json").read_text())
+    assert report["root"] == str(tmp_path / "bad") and report["findings"][0]["check"] == "channel order"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recognition.heads import ArcFace, CosFace
-from recognition.watch import Watch, chance_loss
+from recognition.heads import ArcFace, CosFace, ElasticFaceCos
+from recognition.training_settings import TrainingSettings
+from recognition.watch import Watch, chance_loss, watch_over
 
 K, WIDTH = 30, 16
 
@@ -71,6 +72,13 @@ def test_loss_at_chance():
     assert chance_loss(1_000_000, 64.0, -math.sin(0.5)) == pytest.approx(math.log(1e6) + 64 * math.sin(0.5), rel=1e-6)
     with pytest.raises(ValueError):
         Watch(1, steps_per_epoch=10)
+
+
+def test_the_watch_of_a_run():
+    head = ElasticFaceCos(WIDTH, K, 16.0, 0.3)
+    watch = watch_over(head, 640, TrainingSettings(batch_size=64, sample_rate=0.5))
+    assert (watch.num_identities, watch.steps_per_epoch, head.training) == (15, 10, True)
+    assert watch.loss_at_chance == pytest.approx(math.log(1 + 14 * math.exp(16 * 0.3)))
 
 
 def test_a_run_that_goes_well_is_silent(caplog):

@@ -14,7 +14,7 @@ from recognition.dataset_check.findings import ERROR, Outcome
 from recognition.dataset_check.labels import check_embeddings, check_pixel_labels
 from recognition.dataset_check.mean_face import check_mean_face
 from recognition.dataset_check.pixels import GREY_SPREAD, FaceStatistics, check_channels, check_files
-from recognition.dataset_check.sample import ChosenImages, choose
+from recognition.dataset_check.sample import ChosenImages, choose, single_sets
 from recognition.datasets import TrainingSet
 from utils import distributed
 from utils.checkpoint import write_json
@@ -88,24 +88,53 @@ def check_training_set(
     output_dir: str | Path,
     embedder: Embedder | None = None,
     device: torch.device | str | None = None,
-) -> Outcome:
+) -> list[Outcome]:
     """Look at a training set on rank 0, log a line for every finding, write REPORT and MEAN_FACE to `output_dir`.
+
+    The sets that it was joined from are looked at one by one, and have numbered reports and mean faces.
 
     Args:
         input_size: side of the network's input, in pixels.
         embedder: compares people, where there is one; on `device`.
 
+    Returns:
+        One outcome for each set.
+
     Raises:
         UserError: on all ranks, where an error was found and `settings.errors` is "stop".
     """
-    return distributed.on_main(lambda: _check(source, settings, input_size, Path(output_dir), embedder, device))
+
+    def look() -> list[Outcome]:
+        sets = single_sets(source)
+        folder = Path(output_dir)
+        outcomes = []
+        for number, part in enumerate(sets):
+            files = [folder / (name if len(sets) == 1 else f"{number}_{name}") for name in (REPORT, MEAN_FACE)]
+            outcomes.append(_check(part, settings, input_size, *files, embedder, device))
+        _stop_at_errors(sets, outcomes, settings)
+        return outcomes
+
+    return distributed.on_main(look)
+
+
+def _stop_at_errors(sets: list[TrainingSet], outcomes: list[Outcome], settings: CheckSettings) -> None:
+    errors = [
+        f"{part.images.path}: {finding.line()}"
+        for part, outcome in zip(sets, outcomes, strict=True)
+        for finding in outcome.findings
+        if finding.severity == ERROR
+    ]
+    if errors and settings.errors == "stop":
+        more = f" (and {len(errors) - 1} more errors above)" if len(errors) > 1 else ""
+        raise UserError(f"dataset: {errors[0]}{more}; check.errors=warn goes on")
 
 
 def _check(
     source: TrainingSet,
     settings: CheckSettings,
     input_size: int,
-    output_dir: Path,
+    report_file: Path,
+    mean_face_file: Path,
     embedder: Embedder | None,
     device: torch.device | str | None,
 ) -> Outcome:
@@ -132,11 +161,7 @@ def _check(
     elif aligned:
         outcome.take(check_pixel_labels(faces, labels))
 
-    _report(outcome, source, scan.mean_face, output_dir)
-    errors = [finding for finding in outcome.findings if finding.severity == ERROR]
-    if errors and settings.errors == "stop":
-        more = f" (and {len(errors) - 1} more in {output_dir / REPORT})" if len(errors) > 1 else ""
-        raise UserError(f"dataset.root: {source.images.path}: {errors[0].line()}{more}; check.errors=warn goes on")
+    _report(outcome, source, scan.mean_face, report_file, mean_face_file)
     return outcome
 
 
@@ -155,7 +180,9 @@ def _embed_and_check(
     return check_embeddings(embeddings, labels, source.identities, swapped)
 
 
-def _report(outcome: Outcome, source: TrainingSet, mean_face: np.ndarray | None, output_dir: Path) -> None:
+def _report(
+    outcome: Outcome, source: TrainingSet, mean_face: np.ndarray | None, report_file: Path, mean_face_file: Path
+) -> None:
     facts = outcome.facts
     log.info(
         "%s: %d images of %d identities (%s format), %d looked at, %d findings",
@@ -170,6 +197,6 @@ def _report(outcome: Outcome, source: TrainingSet, mean_face: np.ndarray | None,
         "facts": facts,
         "findings": [asdict(finding) for finding in outcome.findings],
     }
-    write_json(output_dir / REPORT, report)
+    write_json(report_file, report)
     if mean_face is not None:
-        write_image(output_dir / MEAN_FACE, mean_face)
+        write_image(mean_face_file, mean_face)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from recognition.datasets import TrainingSet
+from utils.data.formats.joined import JoinedImages
 from utils.data.formats.labelled import LabelledImages
 
 TOGETHER = 8  # images of one identity that are taken before the next one's: labels show in images of one person
@@ -27,6 +28,18 @@ class ChosenImages(LabelledImages):
 
     def describe(self, index: int) -> str:
         return self.source.describe(int(self.rows[index]))
+
+
+def single_sets(source: TrainingSet) -> list[TrainingSet]:
+    """The sets that a training set was joined from, or itself: faults of one would drown in the others."""
+    if not isinstance(source.images, JoinedImages):
+        return [source]
+    sets = []
+    for images, start, part in zip(source.images.sets, source.images.starts, source.parts, strict=False):
+        present, labels = np.unique(source.labels[part.start : part.stop], return_inverse=True)
+        identities = [source.identities[label] for label in present.tolist()]
+        sets.append(TrainingSet(images, source.rows[part.start : part.stop] - start, labels, identities))
+    return sets
 
 
 def choose(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
