@@ -44,7 +44,7 @@ def plot_roc(curves: Curves, path: str | Path) -> None:
         axes.set(xscale="log", xlim=(min(lowest, 0.5), 1), ylim=(0, 1), title=title)
         axes.set(xlabel="false accept rate", ylabel="true accept rate")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(loc="best", fontsize="small")
+        axes.legend(loc="lower right", fontsize="small")
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))

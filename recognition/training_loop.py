@@ -124,6 +124,7 @@ def train(
     state = folder.load_latest()
     if state is not None:
         progress = restore(state, trainee, **run, output_dir=output_dir)
+        del state  # it holds the whole classifier
         if progress.step >= last_step or lr_schedule.stops:
             metrics = finished_metrics(progress, output_dir)
             if metrics is None:
@@ -227,9 +228,8 @@ def train(
                 progress.step, progress.skipped_steps = done, finite_steps.skipped
                 progress.epoch_sums, progress.logging_sums = epoch_tally.tolist(), logging_tally.tolist()
                 progress.seconds = seconds_before + time.perf_counter() - start
-                state = checkpoint_state(trainee, progress, **run)
+                _save(folder, checkpoint_state(trainee, progress, **run), last=ends or stops)
                 if distributed.is_main():
-                    save_or_warn(partial(folder.save, done, state), last=ends or stops)
                     write_or_warn("the curves", partial(plot_metrics, metrics_file.path, output_dir / CURVES))
                 distributed.barrier()
             if stops and not ends:
@@ -255,6 +255,12 @@ def _batches(dataset: IdentityDataset, cfg: TrainingSettings, first_step: int, l
         world_size=distributed.world_size(),
         parts=dataset.source.parts,
     )
+
+
+def _save(folder: CheckpointFolder, state: dict[str, Any], last: bool) -> None:
+    """Write a checkpoint on rank 0; `state`, with the whole classifier, lives no longer than that."""
+    if distributed.is_main():
+        save_or_warn(partial(folder.save, state["progress"]["step"], state), last=last)
 
 
 def _names(dataset: IdentityDataset, batches: StepBatches) -> list[str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from utils import distributed
 from utils.config import UserError
 from utils.precision import check_precision
@@ -62,7 +60,7 @@ class TrainingSettings:
                 f"training.micro_batch_size: {self.micro_batch_size} cuts a batch of {self.batch_size} into parts of "
                 "one image, and batch norm needs two or more"
             )
-        if self.sync_batch_norm and distributed.world_size() > 1 and not torch.cuda.is_available():
+        if self.sync_batch_norm and distributed.device(self.device).type != "cuda":
             raise UserError("training.sync_batch_norm: true, but torch synchronises batch norms on GPUs only")
         check_precision(self.precision)
 
