@@ -47,8 +47,7 @@ class IdentityDataset(Dataset):
             pixels = self.cache[index]
         else:
             pixels = resize(centre_square(self.source.pixels(index)), self.size)
-        # Philox takes a key as it is; others spend longer on spreading their seed than on the draws of an image
-        generator = np.random.Generator(np.random.Philox(key=seed_for(self.seed, "augment", number, index)))
+        generator = np.random.Generator(np.random.PCG64(seed_for(self.seed, "augment", number, index)))
         return self.augment(pixels, generator), int(self.source.labels[index])
 
 
