@@ -166,3 +166,12 @@ def check(schedule: LRSchedule, name: str, valid: Callable[[Any], bool], wanted:
         good = False
     if not good:
         raise UserError(f"training.lr_schedule.{name}: {value!r}; {wanted}")
+
+
+def check_validated(lr_schedule: LRSchedule, is_validated: bool) -> None:
+    """UserError where `lr_schedule` goes by a validation that the run does not have."""
+    if lr_schedule.needs_validation and not is_validated:
+        raise UserError(
+            "training.lr_schedule: plateau goes by validation, and no pairs are named; give "
+            "validation.benchmarks_dir=FOLDER, or validation.pairs_file=LIST with validation.root=FOLDER"
+        )

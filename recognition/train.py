@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from recognition.augment import Augmentation
 from recognition.dataset_check import TrainingCheckSettings, check_before_training
 from recognition.datasets import DatasetSettings, IdentityDataset, open_training_set
+from recognition.lr_schedules import check_validated
 from recognition.training_loop import train
 from recognition.training_settings import TrainingSettings
 from recognition.validation import ValidationSettings, benchmark_validation
@@ -44,6 +45,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     check = settings(cfg.check, TrainingCheckSettings, "check")
     validation = settings(cfg.validation, ValidationSettings, "validation")
     validate = benchmark_validation(validation) if validation.is_set else None
+    check_validated(lr_schedule, validate is not None)
     source = open_training_set(data)
 
     torch.manual_seed(seed_for(loop.seed, "weights"))

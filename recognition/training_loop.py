@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from recognition.datasets import IdentityDataset, StepBatches, load_batches
 from recognition.heads import CosineHead
-from recognition.lr_schedules import LRSchedule
+from recognition.lr_schedules import LRSchedule, check_validated
 from recognition.partial_fc import Classified, PartialFC
 from recognition.training_outputs import Validate, finished_metrics, leave_files, report_epoch, validate_epoch
 from recognition.training_settings import TrainingSettings
@@ -95,8 +95,7 @@ def train(
     output_dir = Path(output_dir)
     device = distributed.device(cfg.device)
     warn_of_emulation(cfg.precision, device)
-    if lr_schedule.needs_validation and validate is None:
-        raise UserError("training.lr_schedule: plateau goes by validation, and this run has no set to validate on")
+    check_validated(lr_schedule, validate is not None)
     identities = dataset.source.identities
     global_batch = cfg.images_per_step
     steps_per_epoch = cfg.steps_of_epoch(len(dataset))
