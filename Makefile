@@ -35,7 +35,7 @@ demo: venv
 	@$(BIN)/python -m demo $(if $(DATA),"data='$(DATA)'") $(ARGS)
 
 test: venv
-	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: venv
 	@$(BIN)/ruff check .

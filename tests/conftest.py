@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import hydra
@@ -16,6 +17,12 @@ from utils.images import write_image
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the networks here are tiny: a second thread costs more than it brings
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with most slow tests first, so that no process is left alone with them at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture
