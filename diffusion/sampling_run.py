@@ -6,32 +6,40 @@ Legend: S steps of stage 1, n images.
 """
 
 import dataclasses
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
 from diffusion.calibration import Calibration, CalibrationSettings, calibrate, read_calibration
+from diffusion.data_card import describe, write_card
 from diffusion.drawing import COMPUTE_BATCH, DrawingSettings, Drawn, FaceDrawer, Job, check_compute_batch
 from diffusion.generator import FaceGenerator
 from diffusion.identities import Identities
+from diffusion.layouts import Sample, Shards, check_layout, make_layout
 from diffusion.perturbation import (
     Perturbation,
     PerturbationSettings,
     check_perturbation,
     measure_perturbation,
 )
-from diffusion.sample_store import Record, Sample, SampleStore
+from diffusion.sample_store import Piece, Record, SampleStore
+from diffusion.sample_writer import SampleWriter
 from diffusion.samplers import Sampler, TwoStage, check_network
 from diffusion.sampling_preview import COLUMNS, ROWS, write_preview
+from diffusion.sampling_progress import SamplingProgress
 from diffusion.solvers import ddim_timesteps
 from utils import distributed
 from utils.config import UserError
+from utils.guards import needs_disk
+from utils.interruption import STATUS, Stopped, stoppable
 from utils.logging import get_logger
 from utils.precision import check_precision, warn_of_emulation
+from utils.version import code_version
 
 log = get_logger(__name__)
 
@@ -53,7 +61,12 @@ class SamplingSettings:
     compute_batch: int = COMPUTE_BATCH  # rows of every network pass
     compile: bool = False  # the network, with torch.compile
     seed: int = 0
-    save_mode: str = "folders"  # folders: <identity>/<k>.png; blocks: <identity>.png
+    save_mode: str = "folders"  # folders: <identity>/<k>.png; blocks: <identity>.png; shards: WebDataset
+    image_format: str = "png"  # png, jpg, webp
+    image_quality: int | None = None  # 1 .. 100 of jpg (null: 95) and webp (null: without loss)
+    images_per_shard: int = 1000  # at most, in whole identities
+    licence: str | None = None  # of the data set, for its data card
+    verify: bool = False  # hash every image that is there before going on
     image_size: int | None = None  # side of the images in pixels; null: as decoded
     precision: str = "fp32"  # fp32, bf16, fp16
     device: str = "auto"
@@ -69,31 +82,59 @@ def draw_data_set(
     cfg: SamplingSettings,
     source: dict[str, Any],
 ) -> dict[str, Any]:
-    """Draw what is missing in `cfg.save_dir`, then write its manifest. Returns counts and times.
+    """Draw what is missing in `cfg.save_dir`, then write its manifest and data card. Returns counts and times.
 
-    `source`: paths, kept in sampling.json for the
-    record. Run by every process of a torchrun; they must see the same folder. Raises UserError before work where the
-    folder holds images of other settings.
+    `source`: paths, kept in dataset.json for the record. Run by every process of a torchrun; they must see the same
+    folder. Raises UserError before work where the folder holds images of other settings or another run works in it,
+    and where the disk takes no more. SIGTERM ends the process with status 143 as soon as it comes; what is drawn is
+    kept.
     """
     device = distributed.device(cfg.device)
     warn_of_emulation(cfg.precision, device)
     generator.to(device)
-    store = SampleStore(cfg.save_dir, cfg.save_mode)
+    layout = make_layout(
+        cfg.save_mode,
+        identities.names,
+        cfg.n_samples_per_context,
+        image_format=cfg.image_format,
+        quality=cfg.image_quality,
+        images_per_shard=cfg.images_per_shard,
+    )
+    store = SampleStore(cfg.save_dir, layout)
+    try:
+        return _draw_data_set(generator, sampler, identities, cfg, source, store)
+    except Stopped:
+        log.warning("SIGTERM: what is drawn is kept, leaving; the same command goes on from there")
+        sys.exit(STATUS)
+    finally:
+        store.lock.release()
+
+
+def _draw_data_set(
+    generator: FaceGenerator,
+    sampler: Sampler,
+    identities: Identities,
+    cfg: SamplingSettings,
+    source: dict[str, Any],
+    store: SampleStore,
+) -> dict[str, Any]:
+    """`draw_data_set` but for what comes at its end, however that comes."""
     has_stages = isinstance(sampler, TwoStage)
+    about = {"licence": cfg.licence, "code_versions": [code_version()], "source": source}
 
     # Settings, threshold, perturbation, work: decided by one process for all
-    def prepare() -> tuple[Calibration | None, Perturbation | None, list[list[Sample]]]:
-        store.claim(fixed_settings(generator, sampler, identities, cfg), _sizes(identities, cfg), source)
+    @needs_disk("sampling.save_dir")
+    def prepare() -> tuple[str, Calibration | None, Perturbation | None, list[Piece]]:
+        run = store.claim(fixed_settings(generator, sampler, identities, cfg), _sizes(identities, cfg), about)
         calibration = None
         if has_stages and sampler.threshold == AUTO:
             calibration = read_calibration(store.folder) or measure(generator, sampler, identities, cfg)
         perturbation = None
         if cfg.perturbation.lower_bound is not None:
             perturbation = measure_perturbation(cfg.perturbation, identities, cfg.seed)
-        units = store.missing(identities.names, cfg.n_samples_per_context, with_series=has_stages)
-        return calibration, perturbation, units
+        return run, calibration, perturbation, store.plan(with_series=has_stages, verify=cfg.verify)
 
-    calibration, perturbation, units = distributed.on_main(prepare)
+    run, calibration, perturbation, pieces = distributed.on_main(prepare)
     if calibration is not None:
         log.info(
             "threshold %.4g: the median of %d images switches at t = %d",
@@ -108,47 +149,64 @@ def draw_data_set(
             "perturbation: cos(a) from %g on; from more for %d of %d identities, whose nearest neighbour is nearer",
             *(cfg.perturbation.lower_bound, raised, len(identities)),
         )
-    mine = [sample for unit in distributed.share(units) for sample in unit]
     total = len(identities) * cfg.n_samples_per_context
-    todo = sum(len(unit) for unit in units)
+    todo = sum(len(piece.samples) for piece in pieces)
     log.info("%d images of %d identities, %d to draw, in %s", total, len(identities), todo, store.folder)
 
-    # Draw
+    # Draw: pieces of work go to whichever process has room for them
     start = time.perf_counter()
-    world = distributed.world_size()
-    progress = tqdm(
-        total=len(mine),
-        unit="image",
-        desc="drawing" if world == 1 else f"drawing (1 of {world} processes)",
-        disable=not distributed.is_main() or not mine,
-    )
-    with store.writer(distributed.rank(), cfg.n_samples_per_context) as writer, progress:
-        drawer = FaceDrawer(generator, sampler, drawing_settings(cfg), image_size=cfg.image_size)
-        angles: dict[Sample, float] = {}
-        for drawn in drawer.draw(jobs_of(mine, identities, perturbation, cfg.seed, angles)):
-            writer.add(drawn.image[None], [_record(drawn, cfg.seed, angles.pop(drawn.key, None))])
-            progress.update()
+    rule, solver = sampler.parts(generator.schedule)
+    progress = SamplingProgress(run, todo, solver.timesteps)
+    with stoppable(), progress:
+        with SampleWriter(store, run, distributed.rank(), pieces) as writer:
+            groups: dict[Sample, int] = {}
+            angles: dict[Sample, float] = {}
+            samples = _take(pieces, distributed.SharedCounter(f"{run}/pieces"), writer, groups)
+            if pieces:
+                drawer = FaceDrawer(generator, sampler, drawing_settings(cfg), image_size=cfg.image_size)
+                for drawn in drawer.draw(jobs_of(samples, identities, perturbation, cfg.seed, angles)):
+                    record = _record(drawn, cfg.seed, angles.pop(drawn.key, None))
+                    writer.add(drawn.image, groups.pop(drawn.key), record)
+                    progress.add(drawn)
+        distributed.wait_for_all(progress.refresh)
     seconds = time.perf_counter() - start
 
     # Merge
-    rates = distributed.all_gather_objects((len(mine), seconds))  # all have drawn
-    if distributed.is_main():
-        timesteps = series_timesteps(generator, sampler) if has_stages else None
-        store.merge(identities.names, cfg.n_samples_per_context, timesteps)
+    @needs_disk("sampling.save_dir")
+    def merge() -> None:
+        lines = store.merge(series_timesteps(generator, sampler) if has_stages else None)
         names = identities.names[:ROWS]
-        rows = [store.read(name, cfg.n_samples_per_context, COLUMNS) for name in names]
+        columns = min(COLUMNS, cfg.n_samples_per_context)
+        rows = [np.stack(store.layout.read(store.folder, [(name, k) for k in range(columns)])) for name in names]
         write_preview(store.folder, rows, names, calibration)
-    distributed.barrier()
-    slowest = max(seconds for _, seconds in rates)
+        counts = describe(lines, rows[0].shape[1:], rule.threshold if has_stages else None)
+        write_card(store.folder, {**store.described(), **counts})
+        store.finish(counts)
+
+    distributed.on_main(merge)
+    slowest = max(distributed.all_gather_objects(seconds))
     summary = {
         "images": total,
         "identities": len(identities),
         "drawn": todo,
         "seconds": slowest,
         "images_per_second": todo / slowest if todo else 0.0,
+        "mean_switch_step": progress.mean_switch_step(),
     }
     log.info("done: %d images drawn in %.1f s (%.2f a second)", todo, slowest, summary["images_per_second"])
     return summary
+
+
+def _take(
+    pieces: Sequence[Piece], counter: distributed.SharedCounter, writer: SampleWriter, groups: dict[Sample, int]
+) -> Iterator[Sample]:
+    """The images that fall to this process, as it has room for them; the group of each goes into `groups`."""
+    for piece in distributed.deal(pieces, counter):
+        if not piece.samples:
+            writer.pack(piece.group)
+        for sample in piece.samples:
+            groups[sample] = piece.group
+            yield sample
 
 
 def drawing_settings(cfg: SamplingSettings) -> DrawingSettings:
@@ -215,6 +273,7 @@ def check_settings(generator: FaceGenerator, sampler: Sampler, cfg: SamplingSett
     check_precision(cfg.precision)
     check_perturbation(cfg.perturbation, generator.unet)
     check_compute_batch(cfg.compute_batch)
+    check_layout(cfg.save_mode, cfg.image_format, cfg.image_quality, cfg.images_per_shard)
     check_sampler(generator, sampler)
     if not isinstance(sampler, TwoStage) or sampler.threshold != AUTO:
         return sampler
@@ -272,12 +331,16 @@ def fixed_settings(
         "sampling.contexts_file": identities.sha256,
         "sampling.seed": cfg.seed,
         "sampling.save_mode": cfg.save_mode,
+        "sampling.image_format": cfg.image_format,
+        "sampling.image_quality": cfg.image_quality,
         "sampling.image_size": cfg.image_size,
         "sampling.precision": cfg.precision,
         "sampling.compute_batch": cfg.compute_batch,
         "sampling.compile": cfg.compile,
         "sampling.perturbation.lower_bound": cfg.perturbation.lower_bound,
     }
+    if cfg.save_mode == Shards.name:
+        fixed["sampling.images_per_shard"] = cfg.images_per_shard
     if cfg.perturbation.lower_bound is not None and identities.depends_on_number:
         fixed["sampling.n_contexts"] = len(identities)  # more of them are nearer neighbours
     if isinstance(sampler, TwoStage) and sampler.threshold == AUTO:

@@ -150,7 +150,7 @@ def test_every_sampler_takes_it(files, tmp_path, monkeypatch, choice):
     contexts = torch.stack([drawn[line["identity"], line["index"]] for line in lines]).numpy()
     cosines = (contexts * own).sum(axis=1)
     np.testing.assert_allclose(np.arccos(cosines), [line["angle"] for line in lines], atol=1e-4)
-    fixed = json.loads((tmp_path / "on" / "sampling.json").read_text())["fixed"]
+    fixed = json.loads((tmp_path / "on" / "dataset.json").read_text())["settings"]
     assert fixed["sampling.perturbation.lower_bound"] == 0.6
 
 

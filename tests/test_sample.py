@@ -138,11 +138,12 @@ def test_manifest_tells_every_image(finished):
     assert all(line["seed"] == image_seed(0, line["identity"], line["index"]) for line in lines)
     assert lines[0]["sha256"] == hashlib.sha256((finished / lines[0]["file"]).read_bytes()).hexdigest()
     assert sorted(p.name for p in finished.iterdir() if p.is_file()) == [
+        "README.md",
         "attention_change.npz",
         "calibration.json",
+        "dataset.json",
         "manifest.jsonl",
         "preview.html",
-        "sampling.json",
     ]
 
 
@@ -358,7 +359,7 @@ def test_pixel_space_needs_no_decoder(files, tmp_path):
         ("sampling.n_contexts=5", "sampling.n_contexts: 5; "),
         ("sampling.batch_size=0", "sampling.batch_size: 0; give at least 1"),
         ("sampling.batchsize=1", "did you mean sampling.batch_size?"),
-        ("sampling.save_mode=zip", "sampling.save_mode: 'zip' is not one of folders, blocks"),
+        ("sampling.save_mode=zip", "sampling.save_mode: 'zip' is not one of folders, blocks, shards"),
         ("sampling.precision=fp8", "precision: 'fp8' is not one of"),
         ("sampling.sample_config.MSE_th=x", "sampler.threshold: 'x'; give a number"),
         ("sampling.calibration.target_t=300", "sampling.calibration.target_t: 300"),
