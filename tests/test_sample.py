@@ -192,7 +192,7 @@ def test_another_seed_draws_other_images(files, finished, tmp_path):
 
 
 def test_resumes_where_a_kill_left_it(files, finished, tmp_path):
-    """Two lines of the manifest are cut off, an image is lost: these are drawn again, the others are left alone."""
+    """A line is cut off, an image is lost, one is damaged: these are drawn again, the others are left alone."""
     out = tmp_path / "out"
     run(files, out)
     complete = images(out)
@@ -202,13 +202,14 @@ def test_resumes_where_a_kill_left_it(files, finished, tmp_path):
     with np.load(out / "attention_change.npz", allow_pickle=False) as series:
         d = series["d"].T.tolist()
     text = "".join(json.dumps({**json.loads(line), "d": row}) + "\n" for line, row in zip(lines, d, strict=True))
-    (out / ".parts" / "process_00000.jsonl").write_text(text[: text.rindex("{") + 30])  # as a kill may leave it
+    (out / ".parts" / "000001_f00d-00000.jsonl").write_text(text[: text.rindex("{") + 30])  # as a kill may leave it
     (out / "attention_change.npz").unlink()
     (out / "00001" / "2.png").unlink()
+    (out / "00003" / "1.png").write_bytes(b"damaged")
     untouched = (out / "00002" / "0.png").stat().st_mtime_ns
 
     summary = run(files, out)
-    assert summary["drawn"] == 2 and summary["images"] == 12
+    assert summary["drawn"] == 3 and summary["images"] == 12
     assert (out / "00002" / "0.png").stat().st_mtime_ns == untouched
     assert close(images(out), complete)
     assert len(manifest(out)) == 12 and not (out / ".parts").exists()

@@ -30,13 +30,13 @@ class FolderLock:
         self.path, self.key = Path(folder) / LOCK_FILE, key
         self._file: TextIO | None = None
 
-    def acquire(self, patience: float = PATIENCE) -> None:
-        """Take the lock, within so many seconds; the folder is made where missing.
+    def acquire(self) -> None:
+        """Take the lock; the folder is made where missing.
 
         Raises UserError where another process holds it, OSError where the folder cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + PATIENCE
         while self._file is None:
             file = self.path.open("a+", encoding="utf-8")
             try:
