@@ -18,6 +18,7 @@ from diffusion.calibration import Calibration, CalibrationSettings, calibrate, r
 from diffusion.drawing import COMPUTE_BATCH, DrawingSettings, Drawn, FaceDrawer, Job, check_compute_batch
 from diffusion.generator import FaceGenerator
 from diffusion.identities import Identities
+from diffusion.negatives import Negatives, NegativeSettings, check_negative
 from diffusion.perturbation import (
     Perturbation,
     PerturbationSettings,
@@ -60,6 +61,7 @@ class SamplingSettings:
     sample_config: dict[str, Any] = field(default_factory=dict)  # what the chosen sampler reads, see configs/sampler
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     perturbation: PerturbationSettings = field(default_factory=PerturbationSettings)
+    negative: NegativeSettings = field(default_factory=NegativeSettings)
 
 
 def draw_data_set(
@@ -75,6 +77,7 @@ def draw_data_set(
     record. Run by every process of a torchrun; they must see the same folder. Raises UserError before work where the
     folder holds images of other settings.
     """
+    check_negative(cfg.negative, generator.unet, sampler, identities)
     device = distributed.device(cfg.device)
     warn_of_emulation(cfg.precision, device)
     generator.to(device)
@@ -124,8 +127,9 @@ def draw_data_set(
     )
     with store.writer(distributed.rank(), cfg.n_samples_per_context) as writer, progress:
         drawer = FaceDrawer(generator, sampler, drawing_settings(cfg), image_size=cfg.image_size)
+        negatives = None if cfg.negative.choice is None else Negatives(cfg.negative, identities, cfg.seed)
         angles: dict[Sample, float] = {}
-        for drawn in drawer.draw(jobs_of(mine, identities, perturbation, cfg.seed, angles)):
+        for drawn in drawer.draw(jobs_of(mine, identities, perturbation, negatives, cfg.seed, angles)):
             writer.add(drawn.image[None], [_record(drawn, cfg.seed, angles.pop(drawn.key, None))])
             progress.update()
     seconds = time.perf_counter() - start
@@ -153,13 +157,14 @@ def draw_data_set(
 
 def drawing_settings(cfg: SamplingSettings) -> DrawingSettings:
     """How the images of a data set are computed."""
-    return DrawingSettings(cfg.compute_batch, cfg.batch_size, cfg.precision, cfg.compile)
+    return DrawingSettings(cfg.compute_batch, None, cfg.batch_size, cfg.precision, cfg.compile)
 
 
 def jobs_of(
     samples: Iterable[Sample],
     identities: Identities,
     perturbation: Perturbation | None,
+    negatives: Negatives | None,
     seed: int,
     angles: dict[Sample, float],
 ) -> Iterator[Job]:
@@ -169,7 +174,9 @@ def jobs_of(
         contexts = identities.contexts_of([name])
         if perturbation is not None:
             contexts, (angles[sample],) = perturbation.apply(contexts, [sample])
-        yield Job(sample, image_seed(seed, name, index), None if contexts is None else contexts[0])
+        context = None if contexts is None else contexts[0]
+        negative = None if negatives is None else negatives.context(name, index)
+        yield Job(sample, image_seed(seed, name, index), context, negative)
 
 
 def image_seed(seed: int, identity: str, index: int) -> int:
@@ -277,8 +284,10 @@ def fixed_settings(
         "sampling.compute_batch": cfg.compute_batch,
         "sampling.compile": cfg.compile,
         "sampling.perturbation.lower_bound": cfg.perturbation.lower_bound,
+        "sampling.negative.choice": cfg.negative.choice,
     }
-    if cfg.perturbation.lower_bound is not None and identities.depends_on_number:
+    looks_at_others = cfg.perturbation.lower_bound is not None or cfg.negative.choice is not None
+    if looks_at_others and identities.depends_on_number:
         fixed["sampling.n_contexts"] = len(identities)  # more of them are nearer neighbours
     if isinstance(sampler, TwoStage) and sampler.threshold == AUTO:
         fixed["sampling.calibration.target_t"] = cfg.calibration.target_t
