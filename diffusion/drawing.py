@@ -1,12 +1,15 @@
 """Faces from jobs: noise from each job's seed, the sampling engine, the decoder.
 
 An image is a function of its job and the settings alone. Network and decoder are always called with one fixed number of
-rows, so that on the CPU in float32 it is the same to the last bit whatever else is drawn, in whatever order.
+rows, on a CPU each call on one thread, so that in float32 it is the same to the last bit whatever else is drawn, in
+whatever order, on however many cores.
 
 Legend: C channels, h w height and width of what is diffused, H W of the image, D context width.
 """
 
+from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +24,7 @@ from utils.config import UserError
 from utils.images import resize, to_uint8
 from utils.precision import DTYPES, autocast
 
-COMPUTE_BATCH = 16  # rows of a network pass
+COMPUTE_BATCH = 8  # rows of a network pass
 MIN_COMPUTE_BATCH = 4  # a guided sample takes up to three, and the decoder takes a quarter
 
 
@@ -47,9 +50,10 @@ class Drawn:
 
 @dataclass
 class DrawingSettings:
-    """How images are computed. All but max_samples change their rounding."""
+    """How images are computed. All but lanes and max_samples change their rounding."""
 
     compute_batch: int = COMPUTE_BATCH  # rows of every network pass; the decoder takes a quarter of it at a time
+    lanes: int | None = None  # passes side by side; None: one for each CPU thread, one on a GPU; changes no image
     max_samples: int | None = None  # under way at a time; None: as many as the rows can take
     precision: str = "fp32"  # fp32, bf16, fp16
     compile: bool = False  # the network, with torch.compile: minutes at the start of a long run
@@ -92,13 +96,18 @@ class FaceDrawer:
         Raises FloatingPointError when the model's output is not finite.
         """
         ended: list[Trajectory] = []
+        decoding: deque[Future[list[Drawn]]] = deque()
         for trajectory in self.trajectories(jobs):
             ended.append(trajectory)
             if len(ended) == self.decoder_batch:
-                yield from self._decode(ended)
+                decoding.append(self.engine.lanes.submit(self._decode, ended))
                 ended = []
+            while decoding and decoding[0].done():
+                yield from decoding.popleft().result()
         if ended:
-            yield from self._decode(ended)
+            decoding.append(self.engine.lanes.submit(self._decode, ended))
+        for decoded in decoding:
+            yield from decoded.result()
 
     def trajectories(self, jobs: Iterable[Job]) -> Iterator[Trajectory]:
         """The same without the decoder: x_t of each is its x_0 (C, h, w)."""
@@ -117,7 +126,7 @@ class FaceDrawer:
         return context * self.generator.context_scale if context.is_floating_point() else context
 
     @torch.no_grad()
-    def _decode(self, ended: list[Trajectory]) -> Iterator[Drawn]:
+    def _decode(self, ended: list[Trajectory]) -> list[Drawn]:
         padding = self.decoder_batch - len(ended)
         x_0 = torch.stack([trajectory.x_t for trajectory in ended + ended[:1] * padding])  # (b, C, h, w)
         if not torch.isfinite(x_0).all():

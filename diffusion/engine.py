@@ -3,12 +3,14 @@
 Every sample is a small state machine. A pass takes the samples that fit its rows, oldest first; a sample that has not
 switched takes one row, one with guidance or injection two or three, in the same pass. Where a sample ends, the next job
 takes its place, so that no row idles until the work runs out. With a fixed number of rows a pass always has the same
-shape, short ones are filled up, and what a row gives does not depend on its neighbours: a sample's x_0 is a function of
-its job alone (CPU kernels round differently at other batch sizes, so another number of rows agrees to rounding only).
+shape, short ones are filled up, and on a CPU each runs on one thread, as many passes side by side as there are threads:
+then what a row gives does not depend on its neighbours, its place or the machine's cores, and a sample's x_0 is a
+function of its job alone. (Kernels round differently at other batch sizes: another number of rows agrees to 1e-5.)
 
 Legend: n samples of a pass, R its rows, C channels, H W height and width, D context width, S side of h.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,15 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.attention_maps import AggregatedMap
+from diffusion.lanes import Lanes
 from diffusion.rules import Branch, Evaluation, Progress, Rule, guide
 from diffusion.solvers import Solver, draw_noise
 from models.diffusion.attention import AttentionControl
+from models.diffusion.blocks import PreparedTime
 from models.diffusion.context import PreparedContext
 from models.diffusion.unet import ConditionalUNet
-from utils.logging import get_logger
 from utils.precision import DTYPES, autocast
-
-log = get_logger(__name__)
 
 Callback = Callable[[int, int, Tensor, Tensor], None]  # (step number, t, x_t, x_0 as predicted at t), before the update
 MAX_ROWS_OF_A_SAMPLE = 3
@@ -51,8 +52,8 @@ class Trajectory:
 
     start: Start
     x_t: Tensor  # (C, H, W)
-    contexts: dict[Branch, PreparedContext]  # of one row each
     progress: Progress
+    contexts: dict[Branch, PreparedContext] | None = None  # of one row each; None: not yet prepared
     step: int = 0  # the next one to take
     x_0: Tensor | None = None  # as predicted in the step before, where the solver looks back
     evaluation: Evaluation | None = None  # of the step before
@@ -92,6 +93,7 @@ class Engine:
         solver: Solver,
         *,
         compute_batch: int | None = None,
+        lanes: int | None = None,
         max_samples: int | None = None,
         precision: str | None = None,
         compile: bool = False,
@@ -99,7 +101,8 @@ class Engine:
     ) -> None:
         """The network must be in evaluation mode.
 
-        compute_batch: rows R of every pass; None: as many as the samples under way ask for, all in one pass.
+        compute_batch: rows R of every pass; None: as many as the samples under way ask for, all in one pass, on the
+        calling thread. lanes: passes side by side; None: one for each CPU thread, one on a GPU.
         max_samples: under way at a time; None: all (with a compute_batch: all that its rows can take).
         precision: None leaves autocast to the caller; bf16 and fp16 cast the weights of `unet` for good, once.
         compile: with torch.compile, for long runs; needs a compute_batch. callback: sees every pass; for samples that
@@ -115,69 +118,90 @@ class Engine:
         self.compute_batch, self.max_samples, self.precision = compute_batch, max_samples, precision
         self.callback = callback
         self.counts = Counts()
-        device = next(unet.parameters()).device
-        with torch.no_grad():
-            self._time = unet.prepare_time(torch.tensor(solver.timesteps, device=device))  # a row for each step
+        self.device = next(unet.parameters()).device
+        self.lanes = None if compute_batch is None else Lanes(self.device, lanes)
+        self._time = self._compute(self._prepare_time)  # a row for each step
         if precision is not None and DTYPES[precision] is not None:
             cast_products(unet, DTYPES[precision])
-        self._empty = self._prepare(None)
+        self._empty = self._compute(self._prepare, None)
         self._network = self._forward
+        self._is_cold = compile  # its first pass compiles
         if compile:
             # freezing packs the weights for the CPU's kernels once instead of at every call
-            options = {"freezing": True} if device.type == "cpu" else None
+            options = {"freezing": True} if self.device.type == "cpu" else None
             self._network = torch.compile(self._forward, dynamic=False, fullgraph=True, options=options)
-        self._is_compiled = compile
 
     def run(self, starts: Iterable[Start]) -> Iterator[Trajectory]:
         """Draw all of `starts`, which are pulled when there is room for one; yields them as they end."""
         waiting, under_way = iter(starts), []
-        while True:
-            work = self._choose(under_way, waiting)
-            if not work.samples:
-                return
-            self._advance(work)
-            ended = [sample for sample in work.samples if sample.step == len(self.solver)]
+        while work := self._choose(under_way, waiting):
+            if self._is_cold:
+                began = time.perf_counter()
+                self._compute(self._advance, work.pop(0))
+                self.counts.compile_seconds, self._is_cold = time.perf_counter() - began, False
+            if self.lanes is None:
+                self._advance(work[0])
+            else:
+                for lane in [self.lanes.submit(self._advance, one) for one in work]:
+                    lane.result()
+            ended = [sample for sample in under_way if sample.step == len(self.solver)]
             under_way = [sample for sample in under_way if sample.step < len(self.solver)]
             yield from ended
 
-    def _choose(self, under_way: list[Trajectory], waiting: Iterator[Start]) -> _Pass:
-        """Fill a pass: samples under way, oldest first, those that fit; then new ones, which join `under_way`."""
-        work = _Pass()
-        for sample in under_way:
+    def _choose(self, under_way: list[Trajectory], waiting: Iterator[Start]) -> list[_Pass]:
+        """Fill passes, one a lane: samples under way, oldest first; then new ones, which join `under_way`."""
+        passes = [_Pass() for _ in range(1 if self.lanes is None else self.lanes.count)]
+        room = math.inf if self.compute_batch is None else self.compute_batch
+
+        def place(sample: Trajectory) -> None:
             evaluation = self._evaluation(sample)
-            if self.compute_batch is None or work.rows + len(evaluation.branches) <= self.compute_batch:
-                work.add(sample, evaluation)
-        while self.max_samples is None or len(under_way) < self.max_samples:
-            # what a job needs is known once it is pulled: a pulled one that does not fit goes first in the next pass
-            if self.compute_batch is not None and work.rows >= self.compute_batch:
-                break
+            for one in passes:
+                if one.rows + len(evaluation.branches) <= room:
+                    one.add(sample, evaluation)
+                    return
+
+        for sample in under_way:
+            place(sample)
+        while (self.max_samples is None or len(under_way) < self.max_samples) and any(p.rows < room for p in passes):
             start = next(waiting, None)
             if start is None:
                 break
-            sample = self._begin(start)
-            under_way.append(sample)
-            evaluation = self._evaluation(sample)
-            if self.compute_batch is not None and work.rows + len(evaluation.branches) > self.compute_batch:
-                break
-            work.add(sample, evaluation)
-        return work
+            progress = Progress(start.context is not None, start.negative is not None, start.threshold)
+            under_way.append(Trajectory(start, start.x_T, progress))
+            before = sum(one.rows for one in passes)
+            place(under_way[-1])
+            if sum(one.rows for one in passes) == before:
+                break  # it needs more rows than are left in any pass, and goes first in one of the next
+        passes = [one for one in passes if one.samples]
+        self.counts.passes += len(passes)
+        self.counts.rows += sum(one.rows for one in passes)
+        if self.compute_batch is not None:
+            self.counts.padding += sum(self.compute_batch - one.rows for one in passes)
+        return passes
 
     def _evaluation(self, sample: Trajectory) -> Evaluation:
         return self.rule.evaluation(self.solver.timesteps[sample.step], sample.progress)
 
-    def _begin(self, start: Start) -> Trajectory:
-        contexts = {Branch.EMPTY: self._empty}
-        for branch, context in ((Branch.IDENTITY, start.context), (Branch.NEGATIVE, start.negative)):
-            if context is not None:
-                contexts[branch] = self._prepare(context[None])
-        progress = Progress(start.context is not None, start.negative is not None, start.threshold)
-        return Trajectory(start, start.x_T, contexts, progress)
+    def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """In a lane where there are lanes: small products, too, round differently on several threads."""
+        return function(*arguments) if self.lanes is None else self.lanes.submit(function, *arguments).result()
+
+    @torch.no_grad()
+    def _prepare_time(self) -> PreparedTime:
+        return self.unet.prepare_time(torch.tensor(self.solver.timesteps, device=self.device))
 
     @torch.no_grad()
     def _prepare(self, context: Tensor | None) -> PreparedContext:
-        """Always one row, so that it does not depend on who else comes."""
+        """Of one row, so that it does not depend on who else comes."""
         with self._autocast():
-            return self.unet.prepare_context(context)
+            return self.unet.prepare_context(None if context is None else context[None])
+
+    def _contexts_of(self, sample: Trajectory) -> dict[Branch, PreparedContext]:
+        if sample.contexts is None:
+            given = {Branch.IDENTITY: sample.start.context, Branch.NEGATIVE: sample.start.negative}
+            prepared = {branch: self._prepare(context) for branch, context in given.items() if context is not None}
+            sample.contexts = {Branch.EMPTY: self._empty, **prepared}
+        return sample.contexts
 
     @torch.no_grad()
     def _advance(self, work: _Pass) -> None:
@@ -224,7 +248,7 @@ class Engine:
             first_rows.append(first)
             for offset, branch in enumerate(evaluation.branches):
                 of_sample.append(number)
-                contexts.append(sample.contexts[branch])
+                contexts.append(self._contexts_of(sample)[branch])
                 source.append(first if evaluation.injects_self else first + offset)
                 blend.append(evaluation.blends_cross and offset > 0)
         padding = 0 if self.compute_batch is None else self.compute_batch - work.rows
@@ -237,16 +261,10 @@ class Engine:
         rows = torch.tensor(of_sample, device=device)
         steps = torch.tensor([sample.step for sample in work.samples], device=device)[rows]
         injection = (torch.tensor(source, device=device), torch.tensor(blend, device=device))
-        began = time.perf_counter()
         with self._autocast():
             eps, h = self._network(
                 x_t[rows], steps, PreparedContext.stack(contexts), *(injection if self.rule.injects else (None, None))
             )
-        if self._is_compiled and self.counts.passes == 0:
-            self.counts.compile_seconds = time.perf_counter() - began
-        self.counts.passes += 1
-        self.counts.rows += work.rows
-        self.counts.padding += padding
         # under autocast the network returns half precision; the trajectory stays in the precision of x_T
         return first_rows, eps.to(x_t.dtype), h
 
@@ -271,9 +289,7 @@ class Engine:
         return torch.zeros_like(x_t).index_copy_(0, torch.tensor(noisy, device=x_t.device), drawn)
 
     def _autocast(self) -> Any:
-        return (
-            nullcontext() if self.precision is None else autocast(next(self.unet.parameters()).device, self.precision)
-        )
+        return nullcontext() if self.precision is None else autocast(self.device, self.precision)
 
 
 def cast_products(network: nn.Module, dtype: torch.dtype) -> None:

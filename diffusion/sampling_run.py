@@ -21,6 +21,7 @@ from diffusion.drawing import COMPUTE_BATCH, DrawingSettings, Drawn, FaceDrawer,
 from diffusion.generator import FaceGenerator
 from diffusion.identities import Identities
 from diffusion.layouts import Sample, Shards, check_layout, make_layout
+from diffusion.negatives import Negatives, NegativeSettings, check_negative
 from diffusion.perturbation import (
     Perturbation,
     PerturbationSettings,
@@ -73,6 +74,7 @@ class SamplingSettings:
     sample_config: dict[str, Any] = field(default_factory=dict)  # what the chosen sampler reads, see configs/sampler
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     perturbation: PerturbationSettings = field(default_factory=PerturbationSettings)
+    negative: NegativeSettings = field(default_factory=NegativeSettings)
 
 
 def draw_data_set(
@@ -89,6 +91,7 @@ def draw_data_set(
     and where the disk takes no more. SIGTERM ends the process with status 143 as soon as it comes; what is drawn is
     kept.
     """
+    check_negative(cfg.negative, generator.unet, sampler, identities)
     device = distributed.device(cfg.device)
     warn_of_emulation(cfg.precision, device)
     generator.to(device)
@@ -163,8 +166,9 @@ def _draw_data_set(
             angles: dict[Sample, float] = {}
             samples = _take(pieces, distributed.SharedCounter(f"{run}/pieces"), writer, groups)
             if pieces:
+                negatives = None if cfg.negative.choice is None else Negatives(cfg.negative, identities, cfg.seed)
                 drawer = FaceDrawer(generator, sampler, drawing_settings(cfg), image_size=cfg.image_size)
-                for drawn in drawer.draw(jobs_of(samples, identities, perturbation, cfg.seed, angles)):
+                for drawn in drawer.draw(jobs_of(samples, identities, perturbation, negatives, cfg.seed, angles)):
                     record = _record(drawn, cfg.seed, angles.pop(drawn.key, None))
                     writer.add(drawn.image, groups.pop(drawn.key), record)
                     progress.add(drawn)
@@ -211,13 +215,14 @@ def _take(
 
 def drawing_settings(cfg: SamplingSettings) -> DrawingSettings:
     """How the images of a data set are computed."""
-    return DrawingSettings(cfg.compute_batch, cfg.batch_size, cfg.precision, cfg.compile)
+    return DrawingSettings(cfg.compute_batch, None, cfg.batch_size, cfg.precision, cfg.compile)
 
 
 def jobs_of(
     samples: Iterable[Sample],
     identities: Identities,
     perturbation: Perturbation | None,
+    negatives: Negatives | None,
     seed: int,
     angles: dict[Sample, float],
 ) -> Iterator[Job]:
@@ -227,7 +232,9 @@ def jobs_of(
         contexts = identities.contexts_of([name])
         if perturbation is not None:
             contexts, (angles[sample],) = perturbation.apply(contexts, [sample])
-        yield Job(sample, image_seed(seed, name, index), None if contexts is None else contexts[0])
+        context = None if contexts is None else contexts[0]
+        negative = None if negatives is None else negatives.context(name, index)
+        yield Job(sample, image_seed(seed, name, index), context, negative)
 
 
 def image_seed(seed: int, identity: str, index: int) -> int:
@@ -338,10 +345,12 @@ def fixed_settings(
         "sampling.compute_batch": cfg.compute_batch,
         "sampling.compile": cfg.compile,
         "sampling.perturbation.lower_bound": cfg.perturbation.lower_bound,
+        "sampling.negative.choice": cfg.negative.choice,
     }
     if cfg.save_mode == Shards.name:
         fixed["sampling.images_per_shard"] = cfg.images_per_shard
-    if cfg.perturbation.lower_bound is not None and identities.depends_on_number:
+    looks_at_others = cfg.perturbation.lower_bound is not None or cfg.negative.choice is not None
+    if looks_at_others and identities.depends_on_number:
         fixed["sampling.n_contexts"] = len(identities)  # more of them are nearer neighbours
     if isinstance(sampler, TwoStage) and sampler.threshold == AUTO:
         fixed["sampling.calibration.target_t"] = cfg.calibration.target_t

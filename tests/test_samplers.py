@@ -10,6 +10,16 @@ from models.diffusion.unet import ConditionalUNet
 from tests.compat import fill_deterministic, load_arrays, load_json, relative_error
 from utils.config import UserError
 
+SMALL = dict(
+    initial_channels=32,
+    channel_multipliers=[1, 1],
+    is_attention=[False, True],
+    n_blocks_per_resolution=1,
+    context_input_channels=8,
+    context_channels=32,
+    learn_empty_context=True,
+)
+
 
 @pytest.fixture(scope="module")
 def published():
@@ -20,17 +30,7 @@ def published():
 @pytest.fixture(scope="module")
 def small():
     """A network of a few thousand operations, noise and contexts for four samples, and a schedule of 100 timesteps."""
-    unet = fill_deterministic(
-        ConditionalUNet(
-            initial_channels=32,
-            channel_multipliers=[1, 1],
-            is_attention=[False, True],
-            n_blocks_per_resolution=1,
-            context_input_channels=8,
-            context_channels=32,
-            learn_empty_context=True,
-        )
-    )
+    unet = fill_deterministic(ConditionalUNet(**SMALL))
     generator = torch.Generator().manual_seed(0)
     x_T = torch.randn(4, 3, 8, 8, generator=generator)
     return unet, x_T, torch.randn(4, 8, generator=generator), NoiseSchedule(100)

@@ -1,5 +1,6 @@
 """Solvers on predictors whose trajectory is known: by hand, exactly, and by their order of convergence."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.schedule import NoiseSchedule
-from diffusion.solvers import Solver, ddim, ddim_timesteps, ddpm, draw_noise
+from diffusion.solvers import Solver, ddim, ddim_timesteps, ddpm, dpm_solver_2m, draw_noise, make_solver
 from tests.compat import relative_error
 from utils.config import UserError
 
@@ -145,3 +146,101 @@ def test_noise_of_one_generator_a_sample_ignores_the_batch():
     assert torch.equal(
         draw_noise(like, torch.Generator().manual_seed(1)), draw_noise(like, torch.Generator().manual_seed(1))
     )
+
+
+# ------------------------------------------------------------------------------------------------- DPM-Solver++(2M)
+
+
+def gaussian(schedule: NoiseSchedule, mean: float = 0.5, deviation: float = 0.3):
+    """Data from N(mean, deviation^2): the noise that a perfect network predicts, and the exact solution of the
+    probability flow, x_t = sqrt(alpha_bar) mean + c (alpha_bar deviation^2 + 1 - alpha_bar)^(1/2) for a constant c."""
+
+    def spread(t: int) -> float:
+        return (schedule.alpha_bar(t) * deviation**2 + 1 - schedule.alpha_bar(t)) ** 0.5
+
+    def predict(x_t: Tensor, t: int) -> Tensor:
+        alpha_bar = schedule.alpha_bar(t)
+        return (1 - alpha_bar) ** 0.5 * (x_t - alpha_bar**0.5 * mean) / spread(t) ** 2
+
+    def exact(c: Tensor, t: int) -> Tensor:
+        return schedule.alpha_bar(t) ** 0.5 * mean + c * spread(t)
+
+    return predict, exact
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm_solver_2m", 2)])
+def test_order_of_convergence(name, order):
+    """Half the stride, half the error to the power of the order; measured at t = 200, in the middle of the way."""
+    schedule = NoiseSchedule()
+    predict, exact = gaussian(schedule)
+    c = torch.tensor([-1.5, -0.3, 0.8, 2.0], dtype=torch.float64).view(4, 1, 1, 1)
+    errors = []
+    for num_steps in (50, 100, 200):
+        solver = make_solver(schedule, name, num_steps, "exact", 0.0)
+        seen = {}
+        solve(
+            solver,
+            predict,
+            exact(c, solver.timesteps[0]),
+            callback=lambda i, t, x_t, x_0, seen=seen: seen.update({t: x_t}),
+        )
+        errors.append((seen[200] - exact(c, 200)).abs().max().item())
+    for coarse, fine in itertools.pairwise(errors):
+        assert coarse / fine == pytest.approx(2**order, rel=0.15)
+    assert errors[0] < {1: 0.05, 2: 2e-3}[order]
+
+
+def test_dpm_solver_against_a_plain_implementation():
+    """Algorithm 2 of the paper, in scalars and with the names that stand there."""
+    schedule = NoiseSchedule()
+    solver = dpm_solver_2m(schedule, 20)
+    x_T = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def predict(x: Tensor, t: int) -> Tensor:
+        return torch.sin(3 * x + t / 100)
+
+    def data(x: Tensor, t: int) -> Tensor:
+        alpha = schedule.alpha_bar(t) ** 0.5
+        return (x - (1 - alpha**2) ** 0.5 * predict(x, t)) / alpha
+
+    x, outputs, half_log_snr = x_T, [], []
+    grid = [*range(950, -1, -50), -1]
+    for i, (s, t) in enumerate(itertools.pairwise(grid)):
+        outputs.append(data(x, s))
+        if t < 0:
+            x = outputs[-1]
+            continue
+        a_s, a_t = torch.tensor([schedule.alpha_bar(s), schedule.alpha_bar(t)], dtype=torch.float64).sqrt()
+        sigma_s, sigma_t = (1 - a_s**2).sqrt(), (1 - a_t**2).sqrt()
+        half_log_snr.append((a_s / sigma_s).log())
+        h = (a_t / sigma_t).log() - half_log_snr[-1]
+        d = outputs[-1]
+        if i > 0:
+            r = (half_log_snr[-1] - half_log_snr[-2]) / h
+            d = (1 + 1 / (2 * r)) * outputs[-1] - 1 / (2 * r) * outputs[-2]
+        x = sigma_t / sigma_s * x - a_t * ((-h).exp() - 1) * d
+    assert relative_error(solve(solver, predict, x_T), x) < 1e-12
+
+
+def test_dpm_solver_without_a_past_is_ddim():
+    """Lu et al., section 4: the first order is DDIM; a sample without a past gets it, beside one that has one."""
+    schedule = NoiseSchedule()
+    x_t, x_0, before = torch.randn(3, 2, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    steps = [7, 12]
+    first = dpm_solver_2m(schedule, 20).step(steps, x_t, x_0, before, torch.tensor([False, True]))
+    plain = ddim(schedule, 20).step(steps, x_t, x_0, before, torch.tensor([False, True]))
+    torch.testing.assert_close(first[0], plain[0])
+    assert relative_error(first[1], plain[1]) > 1e-3
+
+
+def test_settings_that_a_solver_does_not_read():
+    schedule = NoiseSchedule(100)
+    assert len(make_solver(schedule, "dpm_solver_2m", 20, "exact", 0.0)) == 20
+    for settings, message in (
+        (("euler", 20, "exact", 0.0), "solver: 'euler'; give one of ddim, dpm_solver_2m"),
+        (("dpm_solver_2m", 20, "published", 0.0), "indexing: published; dpm_solver_2m does not read it, give exact"),
+        (("dpm_solver_2m", 20, "exact", 0.5), "eta: 0.5; dpm_solver_2m does not read it, give 0"),
+        (("ddim", 20, "other", 0.0), "indexing: 'other'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_solver(schedule, *settings)
