@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffusion.generator import CheckpointChoice, load_generator
 from diffusion.identities import load_identities
-from diffusion.sampling_run import SamplingSettings, check_settings, draw_data_set
+from diffusion.sampling_run import draw_data_set
+from diffusion.sampling_settings import SamplingSettings, check_settings
 from utils.config import UserError, check_keys, entry_point, existing_file, instantiate, settings
 from utils.logging import get_logger
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusion.drawn_faces import DetectionSettings, DrawnFaces, DrawnFacesSettings
 from diffusion.generator import load_generator
 from diffusion.samplers import Sampler, TwoStage
-from diffusion.sampling_run import check_sampler
+from diffusion.sampling_settings import check_sampler
 from utils.config import UserError, settings
 from utils.embedders import Embedder
 from utils.precision import check_precision

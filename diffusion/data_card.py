@@ -58,6 +58,7 @@ def write_card(folder: Path, description: Mapping[str, Any]) -> None:
     image_format, quality = settings["sampling.image_format"], settings["sampling.image_quality"]
     lossless = quality is None and image_format != "jpg"
     layout, bound = settings["sampling.save_mode"], settings["sampling.perturbation.lower_bound"]
+    negative = settings["sampling.negative.choice"]
     sampler = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith("sampler.")}
     shown = ", ".join(f"{name} {value}" for name, value in sampler.items() if value is not None)
     switches = ""
@@ -95,6 +96,7 @@ def write_card(folder: Path, description: Mapping[str, Any]) -> None:
         "perturbation": ""
         if bound is None
         else f"\nEach has a context of its own, whose cosine with its identity's is {bound} or more (IDperturb).",
+        "negative": "" if negative is None else f"\nGuidance led away from another identity ({negative}; NegFaceDiff).",
         "switches": switches,
         "licence": description["licence"] or "None is stated yet; sampling.licence sets it.",
         "citation": "\n\n".join(text for sampler, text in _CITATIONS.items() if sampler in ("", settings["sampler"])),
