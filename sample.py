@@ -3,6 +3,7 @@
 Settings: configs/sample_ddim_config.yaml. The same command goes on where a stopped run ended.
 """
 
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -11,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffusion.generator import CheckpointChoice, load_generator
 from diffusion.identities import load_identities
-from diffusion.sampling_run import SamplingSettings, check_settings, draw_data_set
+from diffusion.sampling_run import draw_data_set
+from diffusion.sampling_settings import SamplingSettings, check_settings
 from utils.config import UserError, check_keys, entry_point, existing_file, instantiate, settings
 from utils.logging import get_logger
 
@@ -54,13 +56,17 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     identities = load_identities(generator.unet, sampling.contexts_file, sampling.n_contexts, sampling.seed)
     sampler = check_settings(generator, instantiate(cfg.sampler, "sampler"), sampling)
     source = {
-        "checkpoint.path": choice.path,
+        "checkpoint.path": _name(choice.path),  # names alone: the data set may be published
         "step": generator.step,
         "weights": "published" if generator.is_published else "live" if choice.use_non_ema else "ema",
-        "VQDecoder_path": cfg.VQDecoder_path,
-        "sampling.contexts_file": sampling.contexts_file,
+        "VQDecoder_path": _name(cfg.VQDecoder_path),
+        "sampling.contexts_file": _name(sampling.contexts_file),
     }
     return draw_data_set(generator, sampler, identities, sampling, source)
+
+
+def _name(path: str | None) -> str | None:
+    return None if path is None else Path(path).name
 
 
 def _check_sample_config(cfg: DictConfig) -> None:

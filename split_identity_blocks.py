@@ -68,6 +68,10 @@ def split_blocks(options: SplitSettings) -> int:
     """Split every block whose identity has no folder yet; returns the number of images this rank wrote."""
     root = existing_folder(options.input_dir, "input_dir", "the folder of identity blocks")
     files = list_images(root)
+    if any(root.glob("*.tar")):
+        raise UserError(
+            f"input_dir: {root} holds WebDataset shards, not blocks; recognition.train reads them as they are"
+        )
     if not files:
         raise UserError(f"input_dir: no images in {root}; it holds one block an identity")
     identities: dict[str, str] = {}

@@ -14,24 +14,40 @@ MAP_SIZE = 32  # S
 EPSILON = 1e-12  # keeps a constant map, which has no layout, at zero instead of nan
 
 
-def aggregate_cross_maps(cross_maps: Sequence[Tensor], image_size: Sequence[int]) -> Tensor:
-    """h_t of one network pass.
+class AggregatedMap:
+    """h_t of one network pass, summed layer by layer as the maps are made, so that none of them is kept.
 
-    cross_maps: the logits of every cross-attention layer, (B, heads, N, T) each. image_size: (H, W) of the network's
-    input, which gives h and w of every layer. Returns (B, S, S) in [0, 1]; no sample depends on another.
+    Layers of one resolution are summed before they are brought to S x S: bilinear interpolation is linear, and it
+    leaves maps in [0, 1] there.
     """
-    height, width = image_size
-    layers = []
-    for logits in cross_maps:
+
+    def __init__(self, image_size: Sequence[int]) -> None:
+        """image_size: (H, W) of the network's input, which gives h and w of every layer."""
+        self.height, self.width = image_size
+        self.num_layers = 0
+        self._sums: dict[int, Tensor] = {}  # N -> (B, N)
+
+    def add(self, logits: Tensor) -> None:
+        """The map of one more cross-attention layer, logits (B, heads, N, T)."""
         attended = logits.float().softmax(dim=-2).mean(dim=(1, 3))  # (B, N): over queries, mean of heads and tokens
         attended = attended / attended.amax(dim=1, keepdim=True).clamp_min(EPSILON)
-        downscaling = round((height * width / attended.shape[1]) ** 0.5)
-        layer = attended.unflatten(1, (1, height // downscaling, width // downscaling))  # (B, 1, h, w)
-        layer = F.interpolate(layer, size=(MAP_SIZE, MAP_SIZE), mode="bilinear", align_corners=False)
-        layers.append(layer.squeeze(1).clamp(0, 1))
-    h = torch.stack(layers).mean(dim=0)  # (B, S, S)
-    low, high = h.amin(dim=(1, 2), keepdim=True), h.amax(dim=(1, 2), keepdim=True)
-    return (h - low) / (high - low).clamp_min(EPSILON)
+        num_queries = attended.shape[1]
+        earlier = self._sums.get(num_queries)
+        self._sums[num_queries] = attended if earlier is None else earlier + attended
+        self.num_layers += 1
+
+    def h(self) -> Tensor:
+        """(B, S, S) in [0, 1], the mean over the layers, min-max normalised per sample; no sample depends on
+        another."""
+        total = torch.stack([self._resized(attended) for attended in self._sums.values()]).sum(dim=0)
+        mean = total / self.num_layers  # (B, S, S)
+        low, high = mean.amin(dim=(1, 2), keepdim=True), mean.amax(dim=(1, 2), keepdim=True)
+        return (mean - low) / (high - low).clamp_min(EPSILON)
+
+    def _resized(self, attended: Tensor) -> Tensor:
+        downscaling = round((self.height * self.width / attended.shape[1]) ** 0.5)
+        image = attended.unflatten(1, (1, self.height // downscaling, self.width // downscaling))  # (B, 1, h, w)
+        return F.interpolate(image, size=(MAP_SIZE, MAP_SIZE), mode="bilinear", align_corners=False).squeeze(1)
 
 
 def map_change(h: Tensor, h_previous: Tensor) -> Tensor:

@@ -3,20 +3,20 @@
 An unconditional model draws faces, a recogniser embeds them (diffusion.drawn_faces). Here is what they are built from.
 """
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 
 from diffusion.drawn_faces import DetectionSettings, DrawnFaces, DrawnFacesSettings
 from diffusion.generator import load_generator
-from diffusion.sampling_run import check_sampler
+from diffusion.samplers import Sampler, TwoStage
+from diffusion.sampling_settings import check_sampler
 from utils.config import UserError, settings
 from utils.embedders import Embedder
 from utils.precision import check_precision
 
 
 def drawn_faces_source(
-    cfg: DrawnFacesSettings, sampler: functools.partial, embedder: Embedder, seed: int, output_dir: Path
+    cfg: DrawnFacesSettings, sampler: Sampler, embedder: Embedder, seed: int, output_dir: Path
 ) -> DrawnFaces:
     """Load the generator and check everything. Raises UserError, before anything is drawn."""
     for key, value in (("batch_size", cfg.batch_size), ("image_size", cfg.image_size)):
@@ -42,12 +42,12 @@ def drawn_faces_source(
             f"source.checkpoint.path: {cfg.checkpoint.path} holds a model that takes contexts; faces for new contexts "
             "come from an unconditional one (main.py experiment=unconditional)"
         )
-    if "threshold" in sampler.keywords:
+    if isinstance(sampler, TwoStage):
         raise UserError("sampler: the two-stage sampler needs contexts; take sampler=ddim or sampler=ddpm")
     check_sampler(generator, sampler)
-    if sampler.keywords["guidance_scale"] != 0:
+    if sampler.guidance_scale != 0:
         raise UserError(
-            f"sampling.sample_config.cfg_scale: {sampler.keywords['guidance_scale']}; an unconditional model has "
+            f"sampling.sample_config.cfg_scale: {sampler.guidance_scale}; an unconditional model has "
             "nothing to be guided by; leave it at 0"
         )
     return DrawnFaces(generator, sampler, embedder, detection, cfg, seed, output_dir)

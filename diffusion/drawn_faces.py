@@ -1,7 +1,6 @@
 """The faces behind new contexts: drawn, aligned, filtered, embedded and kept, by any number of processes.
 
-Candidate number k is fixed by (seed, k): its noise comes from a generator of its own. (The composition of a batch
-changes rounding, nothing else.)
+Candidate number k is fixed by (seed, k): its noise comes from a generator of its own.
 
     <output_dir>/.candidates/settings.json      what decides a candidate
     <output_dir>/.candidates/batch_<k>.npz      a drawn batch: numbers, verdicts, embeddings; written after its faces
@@ -11,7 +10,6 @@ changes rounding, nothing else.)
 Legend: b candidates of a batch, k of them usable, H W height and width, D width of an embedding.
 """
 
-import functools
 import json
 import shutil
 from collections.abc import Sequence
@@ -22,8 +20,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from diffusion.drawing import DrawingSettings, FaceDrawer, Job
 from diffusion.generator import CheckpointChoice, FaceGenerator
-from diffusion.sampling_run import draw_batch, image_seed
+from diffusion.samplers import Sampler
+from diffusion.sampling_run import image_seed
 from utils import distributed
 from utils.alignment import Detection, FaceAligner, alignment_error
 from utils.checkpoint import write_atomically, write_json
@@ -99,7 +99,7 @@ class DrawnFaces:
     def __init__(
         self,
         generator: FaceGenerator,
-        sampler: functools.partial,
+        sampler: Sampler,
         embedder: Embedder,
         detection: DetectionSettings | None,
         cfg: DrawnFacesSettings,
@@ -115,8 +115,8 @@ class DrawnFaces:
         self.inputs = {"source.checkpoint": generator.weights_sha256, "source.recogniser": embedder.sha256}
         self.settings = {
             "source.latent_shape": list(generator.latent_shape),
-            "sampler": sampler.func.__name__,
-            **{f"sampler.{name}": value for name, value in sampler.keywords.items()},
+            "sampler": type(sampler).__name__,
+            **{f"sampler.{name}": value for name, value in asdict(sampler).items()},
             "source.image_size": cfg.image_size,
             "source.precision": cfg.precision,
             "source.flip": cfg.flip,
@@ -208,15 +208,7 @@ class DrawnFaces:
         if not self._is_ready:
             self._load_networks()
         seeds = [image_seed(self.seed, "context", number) for number in numbers]
-        images = draw_batch(
-            self.generator,
-            self.sampler,
-            None,
-            seeds,
-            device=self.device,
-            precision=self.cfg.precision,
-            image_size=self.cfg.image_size,
-        ).images  # uint8 (b, H, W, 3)
+        images = draw_images(self._drawer, seeds)  # uint8 (b, H, W, 3)
         faces, reasons, measures = self._align(images)
         usable = [row for row, reason in enumerate(reasons) if not reason]
         rows = np.empty((0, self.width), np.float32)
@@ -242,7 +234,9 @@ class DrawnFaces:
     def _load_networks(self) -> None:
         """Move them to the device; once, when there is something to draw."""
         warn_of_emulation(self.cfg.precision, self.device)
-        self.generator.to(self.device)
+        settings = DrawingSettings(max_samples=self.cfg.batch_size, precision=self.cfg.precision)
+        generator = self.generator.to(self.device)
+        self._drawer = FaceDrawer(generator, self.sampler, settings, image_size=self.cfg.image_size)
         if self.detection is not None:
             self._aligner = FaceAligner(
                 min_face_size=self.detection.min_face_size,
@@ -278,3 +272,9 @@ class DrawnFaces:
                     row = None if reason else next(rows)
                     self._drawn[number] = {"reason": reason, "origin": origin, "row": row}
             self._read.add(path)
+
+
+def draw_images(drawer: FaceDrawer, seeds: Sequence[int]) -> np.ndarray:
+    """An image without a context from each seed, in their order: uint8 (b, H, W, 3)."""
+    drawn = drawer.draw(Job(row, seed) for row, seed in enumerate(seeds))
+    return np.stack([one.image for one in sorted(drawn, key=lambda one: one.key)])

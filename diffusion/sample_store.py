@@ -1,158 +1,282 @@
 """A generated data set on the disk: images, their manifest, and what is needed to go on after a kill.
 
-    <save_dir>/<identity>/<k>.png      or <save_dir>/<identity>.png, an identity block
-    <save_dir>/sampling.json           the settings; the same folder never mixes two of them
+    <save_dir>/<identity>/<k>.png      or identity blocks, or shards: see diffusion.layouts
+    <save_dir>/dataset.json            what it is: settings (the same folder never mixes two), counts, code, licence
     <save_dir>/manifest.jsonl          file, identity, index, seed, switch_t, sha256 of every image, angle (radians) of
                                        perturbed ones; written at the end
     <save_dir>/attention_change.npz    d of every image (two-stage sampler)
-    <save_dir>/.parts/*.jsonl          while drawing: the lines of each process, appended after their images
+    <save_dir>/README.md               the data card; preview.html: a look
+    <save_dir>/.lock                   while drawing: who does
+    <save_dir>/.parts/                 while drawing:
+        <run>-<rank>.jsonl             lines of one process, appended after their images; and of packed files
+        run_<run>/                     files being written
+        images/<identity>/<k>.png      images that wait to be packed
 
-An image counts as drawn when its line and its file exist. Images are written to a temporary name and renamed, lines
-come after them, so a process may be killed at any moment.
+An image counts as drawn when its line and its file are there. Files are written into run_<run>, synced and renamed;
+lines come after them, so that a process may be killed at any moment. A run begins by deleting the run_ folders of
+those before: a process that outlived its run can rename nothing any more.
 """
 
-import hashlib
 import json
-import os
+import shutil
+import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from diffusion.calibration import CALIBRATION_FILE
+from diffusion.layouts import Layout, Sample, digests
 from diffusion.sampling_preview import PREVIEW_FILE
-from utils.checkpoint import write_atomically, write_json, write_text
+from utils.checkpoint import sync_folder, write_atomically, write_json, write_text
 from utils.config import UserError
-from utils.images import SAMPLED_BLOCK, encode_image, read_block, read_image, write_block
+from utils.folder_lock import FolderLock
+from utils.images import default_threads, list_images
+from utils.logging import get_logger
 
-SAVE_MODES = ("folders", "blocks")
+log = get_logger(__name__)
+
+DATASET_FILE = "dataset.json"
 MANIFEST_COLUMNS = ("file", "identity", "index", "seed", "switch_t", "sha256")
 OPTIONAL_COLUMNS = ("angle",)  # of identity perturbation, radians
-BLOCK_COLUMNS = SAMPLED_BLOCK[1]
+PIECE = 4  # images that a process takes at a time
+NEWEST = 64  # of the last lines of each process are verified after a kill
+SETTLING = 60.0  # seconds in which a file that another machine wrote shows up here
 _OWN_FILES = ("log.txt", PREVIEW_FILE, CALIBRATION_FILE)
-_WAITING_BATCHES = 2  # how far drawing may run ahead of the disk
 
 Record = dict[str, Any]  # a line of the manifest; in .parts also `d`, the image's series
-Sample = tuple[str, int]  # identity and index
+
+
+@dataclass
+class Piece:
+    """Work that one process takes at a time: images of one group; none where the group is only to be packed."""
+
+    group: int
+    samples: list[Sample]
+
+
+@dataclass
+class _Found:
+    """What the lines in a folder tell."""
+
+    records: dict[Sample, Record]
+    packed: dict[str, tuple[int, str]]  # by file: number of images, sha256 (of a block)
+    newest: list[Sample]  # whose lines came last
 
 
 class SampleStore:
-    """The folder of one data set. Everything but `writer` belongs to the main process."""
+    """The folder of one data set; for the main process alone."""
 
-    def __init__(self, save_dir: str | Path, save_mode: str) -> None:
-        if save_mode not in SAVE_MODES:
-            raise UserError(f"sampling.save_mode: {save_mode!r} is not one of {', '.join(SAVE_MODES)}")
-        self.folder, self.save_mode = Path(save_dir), save_mode
+    def __init__(self, save_dir: str | Path, layout: Layout) -> None:
+        self.folder, self.layout = Path(save_dir), layout
         self.manifest = self.folder / "manifest.jsonl"
         self.series = self.folder / "attention_change.npz"
-        self.settings = self.folder / "sampling.json"
+        self.dataset = self.folder / DATASET_FILE
         self.parts = self.folder / ".parts"
+        self.waiting = self.parts / "images"
+        self.lock = FolderLock(self.folder, "sampling.save_dir")
 
-    def file_of(self, identity: str, index: int) -> str:
-        """Path of an image relative to the folder."""
-        return f"{identity}/{index}.png" if self.save_mode == "folders" else f"{identity}.png"
+    def claim(self, settings: Mapping[str, Any], sizes: Mapping[str, int], about: Mapping[str, Any]) -> str:
+        """Take the folder for this run, whose name is returned; keep the settings, or check that they are the same.
 
-    def claim(self, fixed: Mapping[str, Any], sizes: Mapping[str, int], source: Mapping[str, Any]) -> None:
-        """Keep the settings in the folder, or check that they are those of an earlier run.
-
-        `fixed`: what decides how an image looks; none of it may change. `sizes`: may grow, not shrink (in blocks only
-        the number of identities: a block is one file). `source`: where the files lay, for the record. UserError
-        otherwise, once there are images; settings that drew none are replaced.
+        `settings`: what decides how an image looks; none of it may change. `sizes`: may grow, not shrink (packed: only
+        the number of identities). `about`: what else dataset.json tells. Raises UserError otherwise, once there are
+        images (settings that drew none are replaced), and where another run holds the folder.
         """
-        value = {"fixed": dict(fixed), "sizes": dict(sizes), "source": dict(source)}
+        self.lock.acquire()
+        value = {"complete": False, **about, "settings": dict(settings), "sizes": dict(sizes)}
         value = json.loads(json.dumps(value))  # what a file keeps: lists for tuples
-        if self.settings.is_file():
-            change = self._first_change(json.loads(self.settings.read_text()), value)
-            if change and self.records():
+        if self.dataset.is_file():
+            known = self.described()
+            change = self._first_change(known, value)
+            if change and self._has_images():
                 raise UserError(
                     f"{change}; {self.folder} holds images drawn with other settings: give another sampling.save_dir, "
                     "or delete it"
                 )
             if change:
                 (self.folder / CALIBRATION_FILE).unlink(missing_ok=True)
-        elif self.folder.is_dir():
+                for path in self.parts.glob("*.jsonl"):
+                    path.unlink()
+            else:
+                versions = [*known["code_versions"], *value["code_versions"]]
+                value["code_versions"] = sorted({*versions}, key=versions.index)
+        else:
             foreign = [p.name for p in self.folder.iterdir() if p.name not in _OWN_FILES and not p.name.startswith(".")]
             if foreign:
                 raise UserError(
-                    f"sampling.save_dir: {self.folder} holds other files ({foreign[0]}) and no sampling.json; "
+                    f"sampling.save_dir: {self.folder} holds other files ({foreign[0]}) and no {DATASET_FILE}; "
                     "give a new folder"
                 )
-        write_json(self.settings, value)
+        write_json(self.dataset, value)
+        return self._begin()
+
+    def _begin(self) -> str:
+        """Clear what earlier runs were writing when they ended; the name of this one, which sorts after theirs."""
+        names = [path.name.removeprefix("run_").partition("_")[0] for path in self.parts.glob("*")]
+        number = 1 + max((int(name) for name in names if name.isdecimal()), default=0)
+        for path in self.parts.glob("run_*"):
+            shutil.rmtree(path)
+        self._clear_temporary()
+        run = f"{number:06d}_{uuid.uuid4().hex[:8]}"
+        self.run_folder(run).mkdir(parents=True)
+        return run
+
+    def _clear_temporary(self) -> None:
+        for path in self.folder.glob(".*.tmp"):  # of utils.checkpoint.write_atomically
+            path.unlink(missing_ok=True)
+
+    def run_folder(self, run: str) -> Path:
+        """Where the files of a run are written before they are renamed."""
+        return self.parts / f"run_{run}"
+
+    def described(self) -> dict[str, Any]:
+        """dataset.json as it is."""
+        return json.loads(self.dataset.read_text(encoding="utf-8"))
 
     def _first_change(self, known: Mapping[str, Any], value: Mapping[str, Any]) -> str:
         """What of `value` does not go with the settings in the folder; empty where all does."""
-        for key in sorted({*known["fixed"], *value["fixed"]}):
-            was, now = known["fixed"].get(key), value["fixed"].get(key)
+        for key in sorted({*known["settings"], *value["settings"]}):
+            was, now = known["settings"].get(key), value["settings"].get(key)
             if was != now:
-                told = [settings["source"].get("step") for settings in (value, known)] if key == "checkpoint" else []
+                told = [told["source"].get("step") for told in (value, known)] if key == "checkpoint" else []
                 if None not in told and len(set(told)) == 2:
                     return f"checkpoint: step {told[0]}, before step {told[1]} (checkpoint.global_step chooses)"
                 return f"{key}: {_short(now)}, before {_short(was)}"
         for key, now in value["sizes"].items():
             was = known["sizes"][key]
-            grown_block = now > was and self.save_mode == "blocks" and key == "sampling.n_samples_per_context"
-            if now < was or grown_block:
+            grown_file = now > was and self.layout.is_packed and key == "sampling.n_samples_per_context"
+            if now < was or grown_file:
                 return f"{key}: {now}, before {was}"
         return ""
 
-    def records(self) -> dict[Sample, Record]:
-        """All images drawn so far: whole lines of the manifest and its parts whose file exists."""
-        series = self._read_series()
-        found: dict[Sample, Record] = {}
-        for path in (self.manifest, *sorted(self.parts.glob("*.jsonl"))):
-            for record in _read_lines(path):
-                key = (record["identity"], record["index"])
-                if "d" not in record and key in series:
-                    record["d"] = series[key]
-                found[key] = record
-        present: dict[str, bool] = {}
-        for record in found.values():
-            if record["file"] not in present:
-                present[record["file"]] = (self.folder / record["file"]).is_file()
-        return {key: record for key, record in found.items() if present[record["file"]]}
+    def _has_images(self) -> bool:
+        found, present = self._read(), self._present()
+        return any(self.layout.disk_file(record["file"]) in present for record in found.records.values()) or any(
+            list_images(self.waiting)
+        )
 
-    def missing(self, identities: Sequence[str], n_samples: int, *, with_series: bool) -> list[list[Sample]]:
-        """What is still to be drawn, in units that one process draws: images, or whole blocks.
+    def plan(self, *, with_series: bool, verify: bool) -> list[Piece]:
+        """What is still to be done, in pieces.
 
-        Lines of what is there are gathered in one part, so that a line cut short by a kill is never appended to.
+        Of what the last run left, the newest files are read and hashed, with `verify` all; damaged ones are deleted and
+        drawn again. `with_series`: an image whose d is lost counts as not drawn.
         """
-        records = self.records()
-        if with_series:
-            records = {key: record for key, record in records.items() if "d" in record}
-        if records:
-            write_text(self.parts / "drawn.jsonl", "".join(_line(record) for record in records.values()))
-        for path in self.parts.glob("process_*.jsonl"):
-            path.unlink()
-        units = []
-        for name in identities:
-            unit = [(name, index) for index in range(n_samples)]
-            lacking = [sample for sample in unit if sample not in records]
-            if self.save_mode == "folders":
-                units += [[sample] for sample in lacking]
-            elif lacking:
-                units.append(unit)
-        return units
-
-    def writer(self, process: int, n_samples: int) -> "SampleWriter":
-        """Where process number `process` puts its images."""
-        return SampleWriter(self, self.parts / f"process_{process:05d}.jsonl", n_samples)
-
-    def merge(self, identities: Sequence[str], n_samples: int, timesteps: Sequence[int] | None) -> int:
-        """Write manifest.jsonl in the order of identities, and attention_change.npz; drop the parts. Returns the count.
-
-        `timesteps` (S - 1,): those that the rows of d belong to; None: the sampler has no d. RuntimeError when an image
-        is missing.
-        """
-        records = self.records()
-        wanted = [(name, index) for name in identities for index in range(n_samples)]
-        lost = [sample for sample in wanted if sample not in records]
+        found = self._read()
+        self._delete_damaged(found, list(found.records) if verify else found.newest, show=verify)
+        finished, waiting = self._state(found, with_series)
+        pieces, lost = [], 0
+        for number in range(len(self.layout)):
+            group = self.layout.group(number)
+            if all(sample in finished for sample in group):
+                continue
+            lacking = [sample for sample in group if sample not in (waiting if self.layout.is_packed else finished)]
+            lost += sum(sample in found.records for sample in lacking)
+            starts = range(0, max(1, len(lacking)), PIECE)
+            pieces += [Piece(number, lacking[start : start + PIECE]) for start in starts]
         if lost:
-            raise RuntimeError(
-                f"{len(lost)} of {len(wanted)} images are not in {self.folder} (the first: {lost[0]}); "
-                "do all processes see this folder?"
-            )
+            log.info("%d images have a line, but no sound file that holds them: they are drawn again", lost)
+        return pieces
+
+    def _read(self) -> _Found:
+        """All whole lines: of the manifest, then of the parts, in the order of their runs."""
+        series = self._read_series()
+        found = _Found({}, {}, [])
+        parts = sorted(self.parts.glob("*.jsonl"))
+        last = parts[-1].name.partition("-")[0] if parts else ""
+        for path in (self.manifest, *parts):
+            keys: list[Sample] = []
+            for record in _read_lines(path):
+                if "packed" in record:
+                    found.packed[record["packed"]] = (record["images"], record["sha256"])
+                    continue
+                key = (record["identity"], record["index"])
+                if path == self.manifest:
+                    file = self.layout.disk_file(record["file"])
+                    found.packed[file] = (found.packed.get(file, (0, ""))[0] + 1, record["sha256"])
+                    record["d"] = series.get(key)
+                elif "d" in record:
+                    record["d"] = np.array(record["d"], np.float32)
+                found.records[key] = record
+                keys.append(key)
+            if path.name.partition("-")[0] == last:
+                found.newest += keys[-NEWEST:]
+        return found
+
+    def _present(self) -> set[str]:
+        """The files of images and shards in the folder."""
+        return {*list_images(self.folder), *(path.name for path in self.folder.glob("*.tar"))}
+
+    def _state(self, found: _Found, with_series: bool) -> tuple[dict[Sample, Record], dict[Sample, Record]]:
+        """Of the images with a line: those that are finished, and those that wait to be packed."""
+        records = found.records
+        if with_series:
+            records = {key: record for key, record in records.items() if record.get("d") is not None}
+        present, layout = self._present(), self.layout
+        if not layout.is_packed:
+            return {s: record for s, record in records.items() if record["file"] in present}, {}
+        finished: dict[Sample, Record] = {}
+        for number in range(len(layout)):
+            group, file = layout.group(number), layout.packed_file(number)
+            count, digest = found.packed.get(file, (0, ""))
+            if file in present and count == len(group) and all(sample in records for sample in group):
+                whole = {} if file != records[group[0]]["file"] else {"sha256": digest}  # a block has one for all
+                finished.update({sample: {**records[sample], **whole} for sample in group})
+        names = set(list_images(self.waiting))
+        waiting = {s: r for s, r in records.items() if s not in finished and waiting_file(layout, s) in names}
+        return finished, waiting
+
+    def _delete_damaged(self, found: _Found, samples: Sequence[Sample], *, show: bool) -> None:
+        """Hash the files of these images and delete those that are not as their lines say."""
+        layout, wanted = self.layout, {}  # by path relative to the folder: the sha256 of what it holds, by name
+        present, names = self._present(), set(list_images(self.waiting))
+        for sample in samples:
+            record, waiting = found.records[sample], waiting_file(layout, sample)
+            file = layout.disk_file(record["file"])
+            if waiting in names:
+                path = (self.waiting / waiting).relative_to(self.folder).as_posix()
+                wanted[path] = {path: record["sha256"]}
+            elif file in present and (not layout.is_packed or file in found.packed):
+                digest = found.packed[file][1] if layout.is_packed and file == record["file"] else record["sha256"]
+                wanted.setdefault(file, {})[record["file"]] = digest
+        with ThreadPoolExecutor(default_threads()) as pool:
+            hashed = pool.map(lambda path: digests(self.folder, path), wanted)
+            bar = tqdm(hashed, total=len(wanted), desc="verifying", unit="file", disable=not show or not wanted)
+            damaged = [
+                path
+                for (path, digest), is_now in zip(wanted.items(), bar, strict=True)
+                if any(is_now.get(name) != value for name, value in digest.items())
+            ]
+        for path in damaged:
+            log.warning("%s: not as its line says; it is drawn again", self.folder / path)
+            (self.folder / path).unlink()
+
+    def merge(self, timesteps: Sequence[int] | None) -> list[Record]:
+        """Write attention_change.npz and manifest.jsonl; the lines of the latter, in the order of identities.
+
+        `timesteps` (S - 1,): those that the rows of d belong to; None: the sampler has no d. UserError when an image is
+        missing.
+        """
+        wanted = list(self.layout.samples())
+        deadline = time.monotonic() + SETTLING
+        while True:
+            records, _ = self._state(self._read(), with_series=timesteps is not None)
+            lost = [sample for sample in wanted if sample not in records]
+            if not lost:
+                break
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"sampling.save_dir: {len(lost)} of {len(wanted)} images are not in {self.folder} (the first: "
+                    f"{lost[0]}); all processes must see this folder; the same command draws what is missing"
+                )
+            time.sleep(1)  # a network file system shows the files of other machines late
+        columns = (*MANIFEST_COLUMNS, *(column for column in OPTIONAL_COLUMNS if column in records[wanted[0]]))
+        lines = [{column: records[sample][column] for column in columns} for sample in wanted]
         if timesteps is not None:
             arrays = {
                 "identity": np.array([name for name, _ in wanted]),
@@ -161,99 +285,48 @@ class SampleStore:
                 "timesteps": np.array(timesteps),
             }
             write_atomically(self.series, lambda path: _save_arrays(path, arrays))
-        columns = (*MANIFEST_COLUMNS, *(column for column in OPTIONAL_COLUMNS if column in records[wanted[0]]))
-        kept = ({column: records[sample][column] for column in columns} for sample in wanted)
-        write_text(self.manifest, "".join(_line(record) for record in kept))
-        if self.parts.is_dir():
-            for path in self.parts.iterdir():
-                path.unlink()
-            self.parts.rmdir()
-        return len(wanted)
+        write_text(self.manifest, "".join(line_of(line) for line in lines))
+        strange = self._present() - {self.layout.disk_file(line["file"]) for line in lines}
+        if strange:
+            log.warning("%s: %d files are no images of this data set: %s", self.folder, len(strange), min(strange))
+        return lines
 
-    def read(self, identity: str, n_samples: int, most: int) -> np.ndarray:
-        """The first images of a person, `most` at most, uint8 (k, H, W, 3)."""
-        count = min(most, n_samples)
-        if self.save_mode == "folders":
-            return np.stack([read_image(self.folder / self.file_of(identity, index)) for index in range(count)])
-        block = read_image(self.folder / self.file_of(identity, 0))
-        return read_block(block, block.shape[1] // BLOCK_COLUMNS)[:count]
+    def finish(self, description: Mapping[str, Any]) -> None:
+        """Keep the finished data set's description; drop what only drawing needs."""
+        write_json(self.dataset, {**self.described(), **description, "complete": True})
+        sync_folder(self.folder)  # the manifest's name is on the disk before the parts are gone
+        shutil.rmtree(self.parts)
+        self._clear_temporary()
 
-    def _read_series(self) -> dict[Sample, list[float]]:
+    def _read_series(self) -> dict[Sample, np.ndarray]:
         if not self.series.is_file():
             return {}
         with np.load(self.series, allow_pickle=False) as arrays:
             keys = zip(arrays["identity"].tolist(), arrays["index"].tolist(), strict=True)
-            return dict(zip(keys, arrays["d"].T.tolist(), strict=True))
+            return dict(zip(keys, arrays["d"].T, strict=True))
 
 
-class SampleWriter:
-    """Encodes and writes in a thread while the next batch is drawn. Leaving the `with` block waits for it."""
-
-    def __init__(self, store: SampleStore, part: Path, n_samples: int) -> None:
-        self.store, self.part, self.n_samples = store, part, n_samples
-        self._pool = ThreadPoolExecutor(1)
-        self._waiting: list[Future[None]] = []
-        self._blocks: dict[str, dict[int, tuple[np.ndarray, Record]]] = {}
-
-    def __enter__(self) -> "SampleWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(cancel_futures=exception[0] is not None)
-        if exception[0] is None:
-            self._wait(0)
-
-    def add(self, images: np.ndarray, records: list[Record]) -> None:
-        """Take images uint8 (B, H, W, 3) and their lines (without file and sha256)."""
-        self._wait(_WAITING_BATCHES - 1)
-        self._waiting.append(self._pool.submit(self._write, images, records))
-
-    def _wait(self, most: int) -> None:
-        while len(self._waiting) > most:
-            self._waiting.pop(0).result()  # an error of the thread is raised here
-
-    def _write(self, images: np.ndarray, records: list[Record]) -> None:
-        if self.store.save_mode == "folders":
-            for image, record in zip(images, records, strict=True):
-                self._put(image, [record])
-            return
-        for image, record in zip(images, records, strict=True):
-            block = self._blocks.setdefault(record["identity"], {})
-            block[record["index"]] = (image, record)
-            if len(block) == self.n_samples:
-                tiles, lines = zip(*(block[index] for index in range(self.n_samples)), strict=True)
-                self._put(write_block(np.stack(tiles), BLOCK_COLUMNS), list(lines))
-                del self._blocks[record["identity"]]
-
-    def _put(self, image: np.ndarray, records: list[Record]) -> None:
-        """One file, then its lines."""
-        data = encode_image(image)
-        file = self.store.file_of(records[0]["identity"], records[0]["index"])
-        path = self.store.folder / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-        digest = hashlib.sha256(data).hexdigest()
-        self.part.parent.mkdir(parents=True, exist_ok=True)
-        with self.part.open("a", encoding="utf-8") as lines:
-            lines.write("".join(_line({"file": file, **record, "sha256": digest}) for record in records))
+def waiting_file(layout: Layout, sample: Sample) -> str:
+    """Where an image waits to be packed, below .parts/images."""
+    return f"{sample[0]}/{sample[1]}{layout.waiting_suffix}"
 
 
-def _line(record: Mapping[str, Any]) -> str:
+def line_of(record: Mapping[str, Any]) -> str:
+    """A record as a line of text."""
     return json.dumps(record) + "\n"
 
 
 def _read_lines(path: Path) -> Iterator[Record]:
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # cut short by a kill: the image is drawn again
-        if isinstance(record, dict) and all(column in record for column in MANIFEST_COLUMNS):
-            yield record
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut short by a kill: the image is drawn again
+            if isinstance(record, dict) and ("packed" in record or all(c in record for c in MANIFEST_COLUMNS)):
+                yield record
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,8 +1,11 @@
-"""A function in several gloo processes at once, forked from one server that has imported what they need."""
+"""Functions and scripts in several gloo processes, forked from one server that has imported what they need."""
 
 import multiprocessing
 import os
+import socket
+import sys
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +15,13 @@ import torch.distributed as dist
 from tests.conftest import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.processes", "recognition.training_loop"])
+CONTEXT.set_forkserver_preload(["tests.processes", "recognition.training_loop", "sample"])
 
 
 def together(processes: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(*args)`, of a module, returns on each of so many ranks; `folder` is theirs to exchange it."""
     folder.mkdir(parents=True, exist_ok=True)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(ROOT)  # for the server, which the first call starts
-    ranks = [CONTEXT.Process(target=_work, args=(rank, processes, folder, function, args)) for rank in range(processes)]
-    try:
-        for process in ranks:
-            process.start()
-    finally:
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    ranks = _start(_work, [(rank, processes, folder, function, args) for rank in range(processes)])
     for process in ranks:
         process.join(timeout=300)
     codes = [process.exitcode for process in ranks]
@@ -35,9 +31,43 @@ def together(processes: int, folder: Path, function: Callable[..., Any], *args: 
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
+def _start(target: Callable[..., None], arguments: list[tuple]) -> list[BaseProcess]:
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT)  # for the server, which the first call starts
+    processes = [CONTEXT.Process(target=target, args=some) for some in arguments]
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return processes
+
+
 def _work(rank: int, processes: int, folder: Path, function: Callable[..., Any], args: tuple) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     result = function(*args)
     torch.save(result, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def start_samplers(arguments: list[str], world: int, output: Path) -> list[BaseProcess]:
+    """sample.py in `world` processes as a launcher would start them; what they say goes to the file `output`."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    return _start(_run_sampler, [(arguments, rank, world, port, output) for rank in range(world)])
+
+
+def _run_sampler(arguments: list[str], rank: int, world: int, port: int, output: Path) -> None:
+    import sample
+
+    torch.set_num_threads(1)
+    said = os.open(output, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    if world > 1:
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in environment.items()}, MASTER_ADDR="127.0.0.1")
+    sys.argv = ["sample.py", *arguments]
+    sample.main()

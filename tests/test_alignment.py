@@ -273,7 +273,9 @@ def test_blocks_drawn_at_another_size_are_cut_by_their_record(tmp_path):
     options = settings(tmp_path / "in", tmp_path / "out", layout="auto")
     options.check()
     assert find_layout(options, ["00000.png"]) == "folders", "a picture like any other, without the record"
-    (tmp_path / "in" / "sampling.json").write_text('{"fixed": {"sampling.save_mode": "blocks"}}')
+    (tmp_path / "in" / "dataset.json").write_text(
+        '{"settings": {"sampling.save_mode": "blocks", "sampling.image_format": "png"}}'
+    )
     options.check()
     assert options.tile_size == 64
     assert find_layout(options, ["00000.png"]) == "blocks"

@@ -120,7 +120,7 @@ def test_command_line_mistakes(launch, tmp_path, arguments, message):
 def test_an_output_folder_that_cannot_be_made(launch, tmp_path):
     (tmp_path / "file").write_text("")
     (line,) = launch(f"output_dir={tmp_path / 'file' / 'run'}")
-    assert line.startswith("error: output_dir: cannot make the folder")
+    assert line.startswith("error: output_dir: cannot write")
 
 
 @pytest.mark.slow

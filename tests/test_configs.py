@@ -55,7 +55,7 @@ def test_schedules(compose, name):
 @pytest.mark.parametrize("name", group("sampler"))
 def test_samplers(compose, name):
     cfg = compose("sample_ddim_config", f"sampler={name}", "sampling.sample_config.cfg_scale=1.5")
-    assert instantiate(cfg.sampler, "sampler").keywords["guidance_scale"] == 1.5
+    assert instantiate(cfg.sampler, "sampler").guidance_scale == 1.5
 
 
 @pytest.mark.parametrize("name", group("source"))

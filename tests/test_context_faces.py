@@ -187,15 +187,15 @@ def test_seed_and_number(run, finished, tmp_path):
 def test_goes_on_after_a_kill(run, finished, tmp_path, monkeypatch):
     """The process ends within the second batch."""
     out, drawn = tmp_path / "out", []
-    original = drawn_faces.draw_batch
+    original = drawn_faces.draw_images
 
-    def draw(generator, sampler, contexts, seeds, **settings):
+    def draw(drawer, seeds):
         drawn.append(len(seeds))
         if len(drawn) == 2:
             raise KeyboardInterrupt
-        return original(generator, sampler, contexts, seeds, **settings)
+        return original(drawer, seeds)
 
-    monkeypatch.setattr(drawn_faces, "draw_batch", draw)
+    monkeypatch.setattr(drawn_faces, "draw_images", draw)
     with pytest.raises(KeyboardInterrupt):
         run(out)
     assert not (out / "contexts.npy").exists() and len(list_images(out / ".candidates" / "faces")) == 4
@@ -240,15 +240,13 @@ def test_no_faces_are_found_in_noise(run, tmp_path):
 
 def test_faces_are_aligned_and_measured(run, models, tmp_path, monkeypatch):
     """Drawn faces in place of the untrained model's noise: every second picture shows one."""
-    original = drawn_faces.draw_batch
 
-    def draw(*arguments, **settings):
-        drawn = original(*arguments, **settings)
-        drawn.images = np.stack([draw_face(scale=1 + seed % 7 / 50) for seed in arguments[3]])
-        drawn.images[1::2] = 128
-        return drawn
+    def draw(_, seeds):
+        images = np.stack([draw_face(scale=1 + seed % 7 / 50) for seed in seeds])
+        images[1::2] = 128
+        return images
 
-    monkeypatch.setattr(drawn_faces, "draw_batch", draw)
+    monkeypatch.setattr(drawn_faces, "draw_images", draw)
     align = "source.align={min_face_size:20,detection_size:112,detection_padding:0.1,min_probability:0.7}"
     run(tmp_path, "n_contexts=3", "max_similarity_among=null", align)
     told = record(tmp_path)

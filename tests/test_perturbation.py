@@ -1,12 +1,13 @@
 """Identity perturbation: its geometry, and what sample.py makes of it."""
 
 import json
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from diffusion import sampling_run
+from diffusion.drawing import Drawn, FaceDrawer, Job
 from diffusion.identities import Identities
 from diffusion.perturbation import (
     Perturbation,
@@ -16,7 +17,6 @@ from diffusion.perturbation import (
     measure_perturbation,
     perturb,
 )
-from diffusion.sampling_run import draw_batch
 from models.diffusion.unet import ConditionalUNet
 from tests import test_sample
 from tests.test_sample import MODEL, WIDTH, close, images, manifest, run
@@ -132,22 +132,25 @@ def test_uniform_contexts_cannot_grow(files, tmp_path):
 )
 def test_every_sampler_takes_it(files, tmp_path, monkeypatch, choice):
     """The contexts that reach the sampler are those that the manifest tells of."""
-    drawn = []
+    drawn: dict[tuple[str, int], torch.Tensor] = {}
+    original = FaceDrawer.draw
 
-    def record(generator, sampler, contexts, seeds, **settings):
-        drawn.append(contexts)
-        return draw_batch(generator, sampler, contexts, seeds, **settings)
+    def draw(drawer: FaceDrawer, jobs: Iterable[Job]) -> Iterator[Drawn]:
+        jobs = list(jobs)
+        drawn.update({job.key: job.context for job in jobs})
+        return original(drawer, jobs)
 
-    monkeypatch.setattr(sampling_run, "draw_batch", record)
+    monkeypatch.setattr(FaceDrawer, "draw", draw)
     words = ("sampling.n_contexts=2", "sampling.n_samples_per_context=2", *choice)
     run(files, tmp_path / "on", ON, *words)
     assert len(images(tmp_path / "on")) == 4
     lines, contexts = manifest(tmp_path / "on"), np.load(files / "contexts.npy")
     own = contexts[[int(line["identity"]) for line in lines]]
     own /= np.linalg.norm(own, axis=1, keepdims=True)
-    cosines = (torch.cat(drawn).numpy() * own).sum(axis=1)
+    contexts = torch.stack([drawn[line["identity"], line["index"]] for line in lines]).numpy()
+    cosines = (contexts * own).sum(axis=1)
     np.testing.assert_allclose(np.arccos(cosines), [line["angle"] for line in lines], atol=1e-4)
-    fixed = json.loads((tmp_path / "on" / "sampling.json").read_text())["fixed"]
+    fixed = json.loads((tmp_path / "on" / "dataset.json").read_text())["settings"]
     assert fixed["sampling.perturbation.lower_bound"] == 0.6
 
 

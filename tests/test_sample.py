@@ -138,11 +138,12 @@ def test_manifest_tells_every_image(finished):
     assert all(line["seed"] == image_seed(0, line["identity"], line["index"]) for line in lines)
     assert lines[0]["sha256"] == hashlib.sha256((finished / lines[0]["file"]).read_bytes()).hexdigest()
     assert sorted(p.name for p in finished.iterdir() if p.is_file()) == [
+        "README.md",
         "attention_change.npz",
         "calibration.json",
+        "dataset.json",
         "manifest.jsonl",
         "preview.html",
-        "sampling.json",
     ]
 
 
@@ -191,7 +192,7 @@ def test_another_seed_draws_other_images(files, finished, tmp_path):
 
 
 def test_resumes_where_a_kill_left_it(files, finished, tmp_path):
-    """Two lines of the manifest are cut off, an image is lost: these are drawn again, the others are left alone."""
+    """A line is cut off, an image is lost, one is damaged: these are drawn again, the others are left alone."""
     out = tmp_path / "out"
     run(files, out)
     complete = images(out)
@@ -201,13 +202,14 @@ def test_resumes_where_a_kill_left_it(files, finished, tmp_path):
     with np.load(out / "attention_change.npz", allow_pickle=False) as series:
         d = series["d"].T.tolist()
     text = "".join(json.dumps({**json.loads(line), "d": row}) + "\n" for line, row in zip(lines, d, strict=True))
-    (out / ".parts" / "process_00000.jsonl").write_text(text[: text.rindex("{") + 30])  # as a kill may leave it
+    (out / ".parts" / "000001_f00d-00000.jsonl").write_text(text[: text.rindex("{") + 30])  # as a kill may leave it
     (out / "attention_change.npz").unlink()
     (out / "00001" / "2.png").unlink()
+    (out / "00003" / "1.png").write_bytes(b"damaged")
     untouched = (out / "00002" / "0.png").stat().st_mtime_ns
 
     summary = run(files, out)
-    assert summary["drawn"] == 2 and summary["images"] == 12
+    assert summary["drawn"] == 3 and summary["images"] == 12
     assert (out / "00002" / "0.png").stat().st_mtime_ns == untouched
     assert close(images(out), complete)
     assert len(manifest(out)) == 12 and not (out / ".parts").exists()
@@ -358,7 +360,7 @@ def test_pixel_space_needs_no_decoder(files, tmp_path):
         ("sampling.n_contexts=5", "sampling.n_contexts: 5; "),
         ("sampling.batch_size=0", "sampling.batch_size: 0; give at least 1"),
         ("sampling.batchsize=1", "did you mean sampling.batch_size?"),
-        ("sampling.save_mode=zip", "sampling.save_mode: 'zip' is not one of folders, blocks"),
+        ("sampling.save_mode=zip", "sampling.save_mode: 'zip' is not one of folders, blocks, shards"),
         ("sampling.precision=fp8", "precision: 'fp8' is not one of"),
         ("sampling.sample_config.MSE_th=x", "sampler.threshold: 'x'; give a number"),
         ("sampling.calibration.target_t=300", "sampling.calibration.target_t: 300"),
@@ -388,7 +390,7 @@ def test_a_mistake_is_one_line_and_status_2(files, tmp_path, monkeypatch, capsys
 
 
 def test_a_key_that_the_sampler_does_not_read(files, tmp_path):
-    with pytest.raises(UserError, match=r"sampling\.sample_config\.MSE_th: the chosen sampler .*sample_ddim"):
+    with pytest.raises(UserError, match=r"sampling\.sample_config\.MSE_th: the chosen sampler .*OneStage"):
         run(files, tmp_path / "out", "sampler=ddim", "+sampling.sample_config.MSE_th=0.1")
 
 

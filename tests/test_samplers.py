@@ -3,21 +3,22 @@
 import pytest
 import torch
 
-from diffusion.samplers import (
-    calibrate_threshold,
-    ddim_timesteps,
-    draw_noise,
-    guide,
-    sample_ddim,
-    sample_ddpm,
-    sample_two_stage,
-    solve_ddim,
-    solve_ddpm,
-)
+from diffusion.rules import guide
+from diffusion.samplers import calibrate_threshold, sample_ddim, sample_ddpm, sample_two_stage
 from diffusion.schedule import NoiseSchedule
 from models.diffusion.unet import ConditionalUNet
 from tests.compat import fill_deterministic, load_arrays, load_json, relative_error
 from utils.config import UserError
+
+SMALL = dict(
+    initial_channels=32,
+    channel_multipliers=[1, 1],
+    is_attention=[False, True],
+    n_blocks_per_resolution=1,
+    context_input_channels=8,
+    context_channels=32,
+    learn_empty_context=True,
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +30,7 @@ def published():
 @pytest.fixture(scope="module")
 def small():
     """A network of a few thousand operations, noise and contexts for four samples, and a schedule of 100 timesteps."""
-    unet = fill_deterministic(
-        ConditionalUNet(
-            initial_channels=32,
-            channel_multipliers=[1, 1],
-            is_attention=[False, True],
-            n_blocks_per_resolution=1,
-            context_input_channels=8,
-            context_channels=32,
-            learn_empty_context=True,
-        )
-    )
+    unet = fill_deterministic(ConditionalUNet(**SMALL))
     generator = torch.Generator().manual_seed(0)
     x_T = torch.randn(4, 3, 8, 8, generator=generator)
     return unet, x_T, torch.randn(4, 8, generator=generator), NoiseSchedule(100)
@@ -56,16 +47,6 @@ def evaluations(published, small):
     yield counts
     for hook in hooks:
         hook.remove()
-
-
-def knows(x_0: torch.Tensor, schedule: NoiseSchedule):
-    """The predictor of a network that knows x_0: the noise that makes x_t of it."""
-
-    def predict(x_t: torch.Tensor, t: int) -> torch.Tensor:
-        alpha_bar = schedule.alpha_bar(t)
-        return (x_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
-
-    return predict
 
 
 # --------------------------------------------------------------------------------------------- published trajectories
@@ -101,120 +82,6 @@ def test_published_two_stage_and_its_cost(published, evaluations):
     assert relative_error(result.x_0, arrays["two_stage_x0"]) < 1e-4
     # one evaluation a step before the switch (850, 700, 600: one more from the next step on), two after it
     assert evaluations == [3, 3, 3, 4, 4, 4, 5, 5, 6, 6] + 10 * [6]
-
-
-# ------------------------------------------------------------------------------------------------------------ solvers
-
-
-def test_timesteps():
-    assert ddim_timesteps(1000, 50) == list(range(980, -1, -20))
-    assert len(ddim_timesteps(1000, 30)) == 31
-    assert ddim_timesteps(1000, 30)[:2] == [990, 957]
-    assert ddim_timesteps(4, 4) == [3, 2, 1, 0]
-    for num_steps in (0, 5):
-        with pytest.raises(UserError, match=f"num_steps: {num_steps}; give a number from 1 to 4"):
-            ddim_timesteps(4, num_steps)
-
-
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("num_steps", [3, 50])
-def test_ddim_finds_an_image_that_the_network_knows(num_steps, eta):
-    schedule = NoiseSchedule()
-    x_0, x_T = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for indexing in ("exact", "published"):
-        found = solve_ddim(knows(x_0, schedule), x_T, schedule, num_steps, indexing, eta)
-        torch.testing.assert_close(found, x_0)
-
-
-def test_ddim_stays_on_the_trajectory_of_a_known_noise():
-    """With x_0 known and eta 0, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps for one eps: exact indexing
-    only."""
-    schedule = NoiseSchedule()
-    x_0, eps = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    alpha_bar = schedule.alpha_bar(980)
-    x_T = alpha_bar**0.5 * x_0 + (1 - alpha_bar) ** 0.5 * eps
-    errors = {}
-    for indexing in ("exact", "published"):
-        seen = {}
-        solve_ddim(
-            knows(x_0, schedule),
-            x_T,
-            schedule,
-            50,
-            indexing,
-            callback=lambda i, t, x_t, x_0, seen=seen: seen.update({(i, t): (x_t, x_0)}),
-        )
-        x_t, predicted = seen[24, 500]
-        alpha_bar = schedule.alpha_bar(500)
-        errors[indexing] = relative_error(x_t, alpha_bar**0.5 * x_0 + (1 - alpha_bar) ** 0.5 * eps)
-        torch.testing.assert_close(predicted, x_0)
-    assert errors["exact"] < 1e-12
-    assert errors["published"] > 1e-4
-
-
-@pytest.mark.parametrize(("indexing", "alpha_bar_previous"), [("exact", 0.72), ("published", 0.9)])
-def test_a_ddim_step_by_hand(indexing, alpha_bar_previous):
-    """betas 0.1, 0.2, 0.5, 0.5: alpha_bar 0.9, 0.72, 0.36, 0.18. Two steps: t = 2, then 0, then the image."""
-    schedule = NoiseSchedule.from_betas(torch.tensor([0.1, 0.2, 0.5, 0.5], dtype=torch.float64))
-    states = []
-    solve_ddim(
-        lambda x_t, t: torch.full_like(x_t, 0.5),
-        torch.full((1, 1, 1, 1), 2.0),
-        schedule,
-        4,
-        indexing,
-        callback=lambda i, t, x_t, x_0: states.append((t, x_t.item(), x_0.item())),
-    )
-    assert [t for t, *_ in states] == [3, 2, 1, 0]
-    _, x_t, x_0 = states[1]
-    assert x_0 == pytest.approx((x_t - 0.64**0.5 * 0.5) / 0.36**0.5)
-    assert states[2][1] == pytest.approx(alpha_bar_previous**0.5 * x_0 + (1 - alpha_bar_previous) ** 0.5 * 0.5)
-
-
-def test_ddim_noise_by_hand():
-    """betas 0.1, 0.2 and eta 1: sigma^2 = (1 - 0.9) / (1 - 0.72) * (1 - 0.72 / 0.9) = 1/14 at t = 1."""
-    schedule = NoiseSchedule.from_betas(torch.tensor([0.1, 0.2], dtype=torch.float64))
-    states = []
-    solve_ddim(
-        lambda x_t, t: torch.zeros_like(x_t),
-        torch.ones(1, 1, 1, 1),
-        schedule,
-        2,
-        eta=1.0,
-        generator=torch.Generator().manual_seed(3),
-        callback=lambda i, t, x_t, x_0: states.append(x_t.item()),
-    )
-    z = torch.randn(1, 1, 1, 1, generator=torch.Generator().manual_seed(3)).item()
-    assert states[1] == pytest.approx(0.9**0.5 / 0.72**0.5 + z / 14**0.5)
-
-
-def test_ddpm_by_hand():
-    """betas 0.1, 0.2, 0.5, eps 0.5 everywhere: noise at t = 2 only."""
-    schedule = NoiseSchedule.from_betas(torch.tensor([0.1, 0.2, 0.5], dtype=torch.float64))
-    x_T = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64)
-    x_0 = solve_ddpm(lambda x_t, t: torch.full_like(x_t, 0.5), x_T, schedule, torch.Generator().manual_seed(3))
-    z = torch.randn(1, 1, 1, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64).item()
-    x = (2.0 - 0.5 / 0.64**0.5 * 0.5) / 0.5**0.5 + 0.5**0.5 * z
-    x = (x - 0.2 / 0.28**0.5 * 0.5) / 0.8**0.5
-    x = (x - 0.1 / 0.1**0.5 * 0.5) / 0.9**0.5
-    assert x_0.item() == pytest.approx(x)
-
-
-def test_ddpm_finds_an_image_that_the_network_knows():
-    schedule = NoiseSchedule(100)
-    x_0, x_T = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(solve_ddpm(knows(x_0, schedule), x_T, schedule), x_0)
-
-
-def test_noise_of_one_generator_a_sample_ignores_the_batch():
-    like = torch.zeros(3, 3, 4, 4)
-    together = draw_noise(like, [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)])
-    alone = draw_noise(like[:1], [torch.Generator().manual_seed(6)])
-    assert torch.equal(together[1:2], alone)
-    assert not torch.equal(together[0], together[1])
-    assert torch.equal(
-        draw_noise(like, torch.Generator().manual_seed(1)), draw_noise(like, torch.Generator().manual_seed(1))
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------- guidance

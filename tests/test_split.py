@@ -42,7 +42,9 @@ def test_other_tile_sizes_are_said(tmp_path):
 
 def test_sampled_blocks_are_cut_by_their_record(tmp_path):
     write_image(tmp_path / "in" / "a.png", write_block(tiles(3, 32), 4))
-    (tmp_path / "in" / "sampling.json").write_text('{"fixed": {"sampling.save_mode": "blocks"}}')
+    (tmp_path / "in" / "dataset.json").write_text(
+        '{"settings": {"sampling.save_mode": "blocks", "sampling.image_format": "png"}}'
+    )
     assert split(tmp_path) == 3
 
 

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from diffusion.attention_maps import aggregate_cross_maps, map_change
+from diffusion.attention_maps import AggregatedMap, map_change
 from models.diffusion.attention import AttentionControl, SelfAttentionBlock, blend_maps
 from models.diffusion.blocks import CONDITION_TYPES, ResidualBlock
+from models.diffusion.context import PreparedContext
 from models.diffusion.unet import ConditionalUNet
 from tests.compat import fill_deterministic, load_arrays, load_json, load_shapes, relative_error
 from utils.config import UserError
@@ -62,13 +63,15 @@ def test_published_predictions_with_injection(published, name, blend_cross, is_m
     unet, arrays = published
     x, t, context = (arrays[key].repeat(2, *[1] * (arrays[key].ndim - 1)) for key in ("x", "t", "context"))
     second_half_empty = ~arrays["flag"] if is_mixed else torch.zeros(3, dtype=torch.bool)
-    control = AttentionControl(source=torch.arange(3), blend_cross=blend_cross, record_cross=is_mixed)
+    maps = AggregatedMap((16, 16))
+    second_half = torch.arange(6) >= 3
+    control = AttentionControl(torch.arange(3).repeat(2), second_half & blend_cross, maps.add)
     empty_mask = torch.cat([torch.ones(3, dtype=torch.bool), second_half_empty])
     eps = unet(x, t, context, empty_mask=empty_mask, control=control)
     assert relative_error(eps[:3], arrays["eps_empty"]) < 1e-5
     assert relative_error(eps[3:], arrays[name]) < 1e-5
     if is_mixed:
-        h = aggregate_cross_maps(control.cross_maps, (16, 16))
+        h = maps.h()
         assert relative_error(h[:3], arrays["attn_map_empty"]) < 1e-4
         assert relative_error(h[3:], arrays["attn_map_mixed"]) < 1e-4
 
@@ -139,10 +142,11 @@ def test_residual_block_formula(condition_type, is_conditional):
         if condition_type == "DiffAE" and is_conditional:
             h = h * c[..., None, None]
     expected = conv("conv2", F.silu(h), 1) + conv("shortcut", x, 0)
-    assert relative_error(block(x, time, context if is_conditional else None), expected) < 1e-5
+    terms = block.time_terms(time)
+    assert relative_error(block(x, terms, context if is_conditional else None), expected) < 1e-5
 
 
-def test_self_attention_formula_and_its_recorded_map():
+def test_self_attention_formula_with_its_own_and_with_injected_weights():
     block = fill_deterministic(SelfAttentionBlock(64, heads=2, head_channels=32))
     x = torch.randn(2, 64, 3, 5, generator=torch.Generator().manual_seed(1))
     state = block.state_dict()
@@ -157,9 +161,10 @@ def test_self_attention_formula_and_its_recorded_map():
     expected = x + out.view_as(x)
 
     assert relative_error(block(x, None), expected) < 1e-5
-    control = AttentionControl(record_self=True)
-    assert relative_error(block(x, None, control), expected) < 1e-5
-    assert relative_error(control.self_maps[0], logits) < 1e-5
+    second_of_first = torch.einsum("bhqk,bhdk->bhdq", logits.softmax(-1)[[0, 0]], v).reshape(2, 64, 15)
+    out = F.conv1d(second_of_first, state["attention.proj_out.weight"], state["attention.proj_out.bias"])
+    control = AttentionControl(torch.tensor([0, 0]), torch.tensor([False, False]))
+    assert relative_error(block(x, None, control), x + out.view_as(x)) < 1e-5
 
 
 def test_blended_map_statistics():
@@ -269,14 +274,16 @@ def test_every_parameter_gets_a_gradient_whatever_is_drawn():
 
 @torch.no_grad()
 @pytest.mark.parametrize("condition_type", ["CA", "AdaGN"])
-def test_prepared_contexts(condition_type):
+def test_prepared_contexts_and_timesteps(condition_type):
     unet = small_unet(condition_type=condition_type, learn_empty_context=True)
     x, t, context = small_inputs()
     prepared = unet.prepare_context(context)
-    rows = torch.tensor([2, 2, 0])
     torch.testing.assert_close(unet(x, t, prepared), unet(x, t, context))
-    torch.testing.assert_close(unet(x, t, prepared.select(rows)), unet(x, t, context[rows]))
+    rows = [unet.prepare_context(context[row : row + 1]) for row in (2, 2, 0)]
+    torch.testing.assert_close(unet(x, t, PreparedContext.stack(rows)), unet(x, t, context[[2, 2, 0]]))
     torch.testing.assert_close(unet(x, t, unet.prepare_context(None, 3)), unet(x, t))
+    times = unet.prepare_time(torch.arange(1000))
+    torch.testing.assert_close(unet(x, times.select(t), context), unet(x, t, context))
     with pytest.raises(ValueError, match="context: 3 contexts for a batch of 2"):
         unet(x[:2], t[:2], prepared)
     with pytest.raises(ValueError, match="empty_mask, element_mask"):
@@ -287,43 +294,53 @@ def test_prepared_contexts(condition_type):
 def test_samples_do_not_mix_under_injection():
     unet = small_unet(learn_empty_context=True)
     x, t, context = small_inputs()
-    source = torch.tensor([2, 0])
 
-    def run(plain: list[int], followers: list[int], source: torch.Tensor) -> torch.Tensor:
-        rows = torch.tensor(plain + followers)
-        empty = torch.arange(len(rows)) < len(plain)
-        control = AttentionControl(source=source, blend_cross=True)
-        return unet(x[rows], t[rows], context[rows], empty_mask=empty, control=control)
+    def run(samples: list[int], is_empty: list[bool], source: list[int]) -> torch.Tensor:
+        empty = torch.tensor(is_empty)
+        control = AttentionControl(torch.tensor(source), ~empty)
+        return unet(x[samples], t[samples], context[samples], empty_mask=empty, control=control)
 
-    together = run([0, 1, 2], [2, 0], source)
-    torch.testing.assert_close(together[:3], unet(x, t))
-    for row, i in ((3, 2), (4, 0)):
-        torch.testing.assert_close(together[row], run([i], [i], torch.tensor([0]))[1])
+    together = run([0, 0, 1, 2, 2], [True, False, True, True, False], [0, 0, 2, 3, 3])
+    torch.testing.assert_close(together[[0, 2, 3]], unet(x, t))
+    for row, sample in ((1, 0), (4, 2)):
+        torch.testing.assert_close(together[row], run([sample] * 2, [True, False], [0, 0])[1])
 
 
 @torch.no_grad()
 def test_half_precision_stays_close():
     unet = small_unet()
     x, t, context = small_inputs()
-    control = AttentionControl(source=torch.tensor([0]), record_self=True, record_cross=True)
+    maps: list[torch.Tensor] = []
+    source, blend = torch.tensor([0, 1, 0]), torch.tensor([False, False, True])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert relative_error(unet(x, t, context).float(), unet(x, t, context).float()) == 0
-        half = unet(x, t, context, control=control)
-    assert relative_error(half.float(), unet(x, t, context, control=AttentionControl(source=torch.tensor([0])))) < 0.03
-    assert all(logits.dtype == torch.float32 for logits in control.self_maps + control.cross_maps)
+        half = unet(x, t, context, control=AttentionControl(source, blend, maps.append))
+    assert relative_error(half.float(), unet(x, t, context, control=AttentionControl(source, blend))) < 0.03
+    assert len(maps) == 4 and all(logits.dtype == torch.float32 for logits in maps)
+
+
+def aggregated(maps: list[torch.Tensor], image_size: tuple[int, int]) -> torch.Tensor:
+    """h of the logits of every layer."""
+    total = AggregatedMap(image_size)
+    for logits in maps:
+        total.add(logits)
+    return total.h()
 
 
 def test_aggregated_map_by_hand():
     # one head, one token: over 2 x 2 queries the softmax is (1, 1, 1, 3) / 6, divided by its maximum 1/3, 1/3, 1/3, 1
     logits = torch.tensor([1.0, 1.0, 1.0, 3.0]).log().view(1, 1, 4, 1)
-    h = aggregate_cross_maps([logits, logits], (4, 4))
+    h = aggregated([logits, logits], (4, 4))
     assert h.shape == (1, 32, 32)
     assert [h[0, 0, 0].item(), h[0, -1, -1].item()] == pytest.approx([0.0, 1.0])
     assert h[0, 15, 31].item() == pytest.approx(
         15 / 32 - 0.5 / 32 + 1 / 64, abs=0.02
     )  # bilinear, half way down the side
-    assert torch.equal(aggregate_cross_maps([torch.zeros(1, 1, 4, 1)], (4, 4)), torch.zeros(1, 32, 32))
-    tall = aggregate_cross_maps([torch.rand(1, 2, 32, 3)], (16, 8))  # 8 x 4 queries
+    assert torch.equal(aggregated([torch.zeros(1, 1, 4, 1)], (4, 4)), torch.zeros(1, 32, 32))
+    low = torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]).log().view(1, 1, 9, 1)  # another resolution
+    both = aggregated([logits, logits, low], (12, 12))
+    assert [both[0, 0, 0].item(), both[0, -1, -1].item()] == pytest.approx([0.5, 1.0])  # 5/9 and 7/9 of 1/3 .. 7/9
+    tall = aggregated([torch.rand(1, 2, 32, 3)], (16, 8))  # 8 x 4 queries
     assert tall.shape == (1, 32, 32)
     change = map_change(torch.stack([h[0], h[0]]), torch.stack([h[0], torch.zeros(32, 32)]))
     assert change.tolist() == pytest.approx([0.0, h.mean().item()])

@@ -25,12 +25,12 @@ from utils import distributed
 from utils.alignment import CROP_SIZE, Detection, FaceAligner
 from utils.checkpoint import write_json, write_text
 from utils.config import UserError, existing_folder
+from utils.data.face_files import FaceFiles
 from utils.images import (
     ALIGNED_BLOCK,
     block_tile_size,
     default_threads,
     image_size,
-    list_images,
     read_block,
     read_image,
     recorded_tile_size,
@@ -109,10 +109,13 @@ def _is_block(settings: AlignSettings, file: str) -> bool:
     return tile is not None and width % tile == 0 and height % tile == 0 and max(width, height) > tile
 
 
-def find_layout(settings: AlignSettings, files: Sequence[str]) -> str:
-    """`folders` or `blocks`: images in subfolders are faces; those side by side are blocks where their size says so."""
+def find_layout(settings: AlignSettings, files: Sequence[str], *, in_shards: bool = False) -> str:
+    """`folders` or `blocks`: images in subfolders are faces; those side by side are blocks where their size says so;
+    `shards`: WebDataset's, whose images become folders."""
     if settings.layout != "auto":
         return settings.layout
+    if in_shards:
+        return "shards"
     if any("/" in file for file in files):
         return "folders"
     if _is_block(settings, files[0]):
@@ -122,10 +125,13 @@ def find_layout(settings: AlignSettings, files: Sequence[str]) -> str:
 
 def plan(settings: AlignSettings) -> tuple[str, list[Unit]]:
     """Look through input_dir: its layout and all units, in an order that does not depend on ranks or workers."""
-    files = list_images(settings.input_dir)
+    faces = FaceFiles(settings.input_dir)
+    files = faces.names()
     if not files:
         raise UserError(f"input_dir: no images in {settings.input_dir}; it holds folders of images or identity blocks")
-    layout = find_layout(settings, files)
+    layout = find_layout(settings, files, in_shards=faces.shards is not None)
+    if (layout == "shards") != (faces.shards is not None):
+        raise UserError(f"layout: {layout}, but {settings.input_dir} holds WebDataset shards; leave it at auto")
     if layout == "blocks":
         for file in files:
             if not _is_block(settings, file):
@@ -170,6 +176,7 @@ class Worker:
 
     def __init__(self, settings: AlignSettings, device: str) -> None:
         self.settings = settings
+        self.faces = FaceFiles(settings.input_dir)
         self.aligner = FaceAligner(
             min_face_size=settings.min_face_size,
             detection_size=settings.detection_size,
@@ -189,7 +196,7 @@ class Worker:
             images, reasons = [], {}
             for file in part:
                 try:
-                    images.append((file, read_image(Path(self.settings.input_dir) / file)))
+                    images.append((file, self.faces.read(file)))
                 except UserError as error:
                     reasons[file] = str(error)
             aligned = dict(zip((file for file, _ in images), self._align([image for _, image in images]), strict=True))

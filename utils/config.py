@@ -94,10 +94,10 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 _fail(str(error))
             except (HydraException, OmegaConfBaseException) as error:
                 _fail(_describe_composition_error(error, config_name))
-            except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+            except OSError as error:
                 if started:
                     raise
-                _fail(f"output_dir: cannot make the folder {error.filename} ({error.strerror}); give another one")
+                _fail(f"output_dir: cannot write {error.filename} ({error.strerror}); give another one")
             except KeyboardInterrupt:
                 sys.exit(130)
             finally:

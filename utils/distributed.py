@@ -1,11 +1,13 @@
 """One process or many: the few collective operations that the project needs, all no-ops in a single process."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ from utils.errors import UserError
 
 T = TypeVar("T")
 SLURM_PORTS = range(20000, 30000)  # below the ports that systems hand out themselves; one a step
+LOST = "another process of this run has ended; what is done is kept, and the same command goes on from there"
 TIMEOUT = timedelta(minutes=60)  # one rank may encode or save while the others wait
 
 
@@ -118,6 +121,53 @@ def barrier() -> None:
 def no_sync(net: nn.Module, waits: bool) -> contextlib.AbstractContextManager:
     """While `waits`, gradients of `net` add up without being exchanged, as for all parts of a batch but the last."""
     return net.no_sync() if waits and isinstance(net, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def wait_for_all(idle: Callable[[], object], seconds: float = 0.2) -> None:
+    """Wait until every process is here, calling `idle` every so many seconds; signals are seen while it waits.
+
+    Raises UserError where another process has ended.
+    """
+    if not dist.is_initialized():
+        return
+    work = dist.barrier(async_op=True)
+    while not work.is_completed():
+        idle()
+        time.sleep(seconds)
+    try:
+        work.wait()
+    except RuntimeError as error:  # gloo: the connection is closed
+        raise UserError(LOST) from error
+
+
+@functools.cache
+def _local_store() -> dist.Store:
+    return dist.HashStore()
+
+
+class SharedCounter:
+    """A whole number, 0 at first, that every process adds to without waiting for the others.
+
+    It lives in torch.distributed's store, which adds atomically; safe in threads. Counters of one name are one.
+    """
+
+    def __init__(self, name: str) -> None:
+        # the store that the processes met through; torch has no public name for it
+        self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _local_store()
+        self._name = name
+
+    def add(self, amount: int = 0) -> int:
+        """Add; the number after it. UserError where the process that keeps the store has ended."""
+        try:
+            return self._store.add(self._name, amount)
+        except dist.DistError as error:
+            raise UserError(LOST) from error
+
+
+def deal(items: Sequence[T], counter: SharedCounter) -> Iterator[T]:
+    """Hand out `items`, the same list on every process, one at a time and in order to whichever process asks next."""
+    while (number := counter.add(1)) <= len(items):
+        yield items[number - 1]
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What watches over a training run: steps that are no numbers, a loss that does not move, a disk that is full."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -98,6 +99,20 @@ def save_or_warn(save: Callable[[], object], *, last: bool) -> bool:
             "again, which goes on from the checkpoint before"
         ) from error
     return True
+
+
+@contextmanager
+def needs_disk(key: str) -> Iterator[None]:
+    """A file that cannot be read or written inside the block is a UserError that names `key` and the file.
+
+    For work that goes on where it was: a full or read-only disk loses nothing of it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{key}: {_reason(error)}; what is there is kept, and the same command goes on from it when this is mended"
+        ) from error
 
 
 def _reason(error: OSError) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,15 +99,21 @@ def image_size(path: str | Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def encode_image(image: np.ndarray, suffix: str = ".png") -> bytes:
-    """Encode uint8 (H, W, 3) RGB in the format of the file name suffix (JPEG: quality 95, full colour resolution)."""
+def encode_image(image: np.ndarray, suffix: str = ".png", quality: int | None = None) -> bytes:
+    """Encode uint8 (H, W, 3) RGB in the format of the file name suffix.
+
+    quality: 1 .. 100 of JPEG (None: 95; always full colour resolution) and WebP (None: without loss).
+    """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image is uint8 (H, W, 3), got {image.dtype} {image.shape}")
-    jpeg = suffix.lower() in (".jpg", ".jpeg")
+    format = Image.registered_extensions()[suffix.lower()]
+    options: dict[str, Any] = {}
+    if format == "JPEG":
+        options = {"quality": 95 if quality is None else quality, "subsampling": 0}
+    elif format == "WEBP":
+        options = {"lossless": True} if quality is None else {"quality": quality}
     buffer = io.BytesIO()
-    Image.fromarray(image).save(
-        buffer, Image.registered_extensions()[suffix.lower()], **({"quality": 95, "subsampling": 0} if jpeg else {})
-    )
+    Image.fromarray(image).save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -238,12 +245,13 @@ def block_tile_size(width: int) -> int | None:
 
 def recorded_tile_size(folder: str | Path) -> int | None:
     """Tile size in pixels of the blocks that sample.py drew into `folder`, by its record; None for any other folder."""
-    record = Path(folder) / "sampling.json"
+    record = Path(folder) / "dataset.json"
     if not record.is_file():
         return None
-    if json.loads(record.read_text(encoding="utf-8"))["fixed"].get("sampling.save_mode") != "blocks":
+    settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
+    if settings["sampling.save_mode"] != "blocks":
         return None
-    block = next(Path(folder).glob("*.png"), None)
+    block = next(Path(folder).glob(f"*.{settings['sampling.image_format']}"), None)
     return None if block is None else image_size(block)[1] // SAMPLED_BLOCK[1]
 
 

@@ -5,6 +5,8 @@ Slurm, spot machines and torchrun (to its workers) announce the end of a run by 
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 import torch
@@ -61,3 +63,27 @@ class StopRequest:
         """End the process; the same command goes on from `step`."""
         log.warning("SIGTERM: saved step %d, leaving; the same command goes on from there", step)
         sys.exit(STATUS)
+
+
+class Stopped(BaseException):
+    """SIGTERM has come; see `stoppable`."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """While entered, the first SIGTERM raises Stopped in the main thread, as Ctrl-C raises KeyboardInterrupt.
+
+    For work that may end anywhere because what is done is on the disk, and whose processes need not end together.
+    Further signals are passed over, so that what comes next can leave in peace.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Stopped
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is stop:
+            signal.signal(signal.SIGTERM, previous)

@@ -23,6 +23,15 @@ class _TqdmHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    """A file of log lines. A disk that does not take them costs these lines alone, and says so nowhere: what the run
+    itself has to write will tell."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module; call it with `__name__`."""
     return logging.getLogger(name)
@@ -41,7 +50,7 @@ def setup_logging(output_dir: str | Path | None = None) -> None:
     prefix = "" if distributed.is_main() else f"[rank {distributed.rank()}] "
     if distributed.is_main() and output_dir is not None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(Path(output_dir) / "log.txt", encoding="utf-8"))
+        handlers.append(_LogFile(Path(output_dir) / "log.txt", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(prefix + FORMAT, datefmt="%H:%M:%S"))
         root.addHandler(handler)

@@ -1,10 +1,11 @@
-"""Self-attention and identity cross-attention, with recording and injection of attention maps.
+"""Self-attention and identity cross-attention, with injection and observation of attention maps.
 
 Legend: B batch, C channels, H W height and width, N = H * W queries, D context width, T context tokens, d width of a
 head. An attention map is the scaled logits before the softmax, (B, heads, queries, keys).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,29 +18,20 @@ GROUPS = 32  # of every GroupNorm in the network
 
 @dataclass
 class AttentionControl:
-    """What one forward pass does with its attention maps: injection within the batch, and recording.
+    """What one forward pass does with its attention maps: injection within the batch, and observation.
 
-    Attention injection (UIFace, ICLR 2025) needs the maps of a pass with the empty context at the same x_t and t.
-    Both branches run in one batch: the first B - F samples are plain, the last F are *followers*, and follower i takes
-    the maps of the plain sample `source[i]`. Softmax weights of self-attention are computed once for both; nothing is
-    kept between layers.
+    Attention injection (UIFace, ICLR 2025) needs the maps of a pass with the empty context at the same x_t and t. All
+    branches run in one batch, and its shape is that of the batch alone, whichever rows inject: row i takes the
+    self-attention weights of row `source[i]`, itself where nothing is injected. No row's numbers depend on a row that
+    is not its source, and nothing is kept between layers.
 
-    source: (F,) long, or None for no followers.
-    blend_cross: followers also blend the cross-attention map of their source into their own.
-    record_self, record_cross: the layers append their maps to `self_maps` and `cross_maps`, in order of execution. A
-    follower's self-attention map is its source's; its cross-attention map is the one used, after blending.
+    source: (B,) long. blend: (B,) bool, rows that blend the cross-attention map of their source into their own.
+    observe_cross: called with every layer's cross-attention map (B, heads, N, T) as used, in order of execution.
     """
 
-    source: Tensor | None = None
-    blend_cross: bool = False
-    record_self: bool = False
-    record_cross: bool = False
-    self_maps: list[Tensor] = field(default_factory=list)
-    cross_maps: list[Tensor] = field(default_factory=list)
-
-    @property
-    def num_followers(self) -> int:
-        return 0 if self.source is None else len(self.source)
+    source: Tensor
+    blend: Tensor
+    observe_cross: Callable[[Tensor], None] | None = None
 
 
 def blend_maps(own: Tensor, source: Tensor) -> Tensor:
@@ -83,21 +75,12 @@ class Attention(nn.Module):
 
 
 def self_attention(attention: Attention, x: Tensor, control: AttentionControl | None) -> Tensor:
-    """Attention of the tokens x (B, N, C) to themselves; followers take their source's weights and their own values."""
-    if control is None or (control.source is None and not control.record_self):
-        return attention.merge(
-            F.scaled_dot_product_attention(attention.queries(x), attention.keys(x), attention.values(x))
-        )
-    plain = x[: len(x) - control.num_followers]
-    logits = attention_map(attention.queries(plain), attention.keys(plain))  # (B - F, heads, N, N)
-    values = attention.values(x)  # (B, heads, N, d)
-    weights = logits.softmax(dim=-1).to(values.dtype)
-    attended = weights @ values[: len(plain)]
-    if control.num_followers:
-        attended = torch.cat([attended, weights[control.source] @ values[len(plain) :]])
-    if control.record_self:
-        control.self_maps.append(torch.cat([logits, logits[control.source]]) if control.num_followers else logits)
-    return attention.merge(attended)
+    """Attention of the tokens x (B, N, C) to themselves; a row with a source takes its weights, and has its own
+    values."""
+    queries, keys = attention.queries(x), attention.keys(x)  # (B, heads, N, d)
+    if control is not None:  # same queries and keys, same weights: their logits never exist as a whole
+        queries, keys = queries[control.source], keys[control.source]
+    return attention.merge(F.scaled_dot_product_attention(queries, keys, attention.values(x)))
 
 
 def cross_attention(
@@ -105,15 +88,13 @@ def cross_attention(
 ) -> Tensor:
     """Attention of the tokens x (B, N, C) to the context's keys and values (B, heads, T, d)."""
     keys, values = keys_values
-    blends = control is not None and control.blend_cross and control.num_followers > 0
-    if control is None or not (blends or control.record_cross):
+    if control is None:
         return attention.merge(F.scaled_dot_product_attention(attention.queries(x), keys, values))
     logits = attention_map(attention.queries(x), keys)  # (B, heads, N, T)
-    if blends:
-        plain, followers = logits.tensor_split([len(x) - control.num_followers])
-        logits = torch.cat([plain, blend_maps(followers, plain[control.source])])
-    if control.record_cross:
-        control.cross_maps.append(logits)
+    blended = blend_maps(logits, logits[control.source])
+    logits = torch.where(control.blend[:, None, None, None], blended, logits)
+    if control.observe_cross is not None:
+        control.observe_cross(logits)
     return attention.merge(logits.softmax(dim=-1).to(values.dtype) @ values)
 
 

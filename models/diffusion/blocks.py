@@ -4,6 +4,7 @@ Legend: B batch, C channels, H W height and width, E width of the time embedding
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,20 @@ class TimeEmbedding(nn.Module):
         return self.lin2(F.silu(self.lin1(sinusoids)))
 
 
+@dataclass
+class PreparedTime:
+    """Everything about B timesteps that does not depend on x_t, so that a run computes it once.
+
+    terms: for every residual block, in order of execution, the tensors (B, out_channels) of its `time_terms`.
+    """
+
+    terms: list[tuple[Tensor, ...]]
+
+    def select(self, rows: Tensor) -> "PreparedTime":
+        """The timesteps of these rows, (n,) long; a row may come up more than once."""
+        return PreparedTime([tuple(term[rows] for term in terms) for terms in self.terms])
+
+
 class AdaptiveGroupNorm(nn.Module):
     """(1 + scale) * GroupNorm(h) + shift (Dhariwal & Nichol, 2021, section 3)."""
 
@@ -55,10 +70,18 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, time_channels: int, condition_type: str, context_channels: int | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_channels: int,
+        condition_type: str,
+        context_channels: int | None,
+        layer: int = 0,
     ) -> None:
-        """`context_channels` None: unconditional."""
+        """`context_channels` None: unconditional. `layer`: the number of this block, under which prepared timesteps
+        keep its terms."""
         super().__init__()
+        self.layer = layer
         self.condition_type = condition_type
         self.norm1 = nn.GroupNorm(GROUPS, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -79,18 +102,30 @@ class ResidualBlock(nn.Module):
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, time_embedding: Tensor, context: Tensor | None) -> Tensor:
-        """x (B, C, H, W), time_embedding (B, E), context (B, D) or None -> (B, out_channels, H, W)."""
+    def time_terms(self, time_embedding: Tensor) -> tuple[Tensor, ...]:
+        """What the block needs of the time embedding (B, E) alone: the terms (B, out_channels) of `forward`.
+
+        Scale and shift; where the context is added to the time embedding first, that sum's part.
+        """
+        time = self.time_emb(time_embedding)
+        if self.condition_type == "AddPlusGN" or (self.takes_context and self.condition_type == "AdaGN"):
+            return (time,)
+        return self.scale_emb(time), self.shift_emb(time)
+
+    def forward(self, x: Tensor, time_terms: tuple[Tensor, ...], context: Tensor | None) -> Tensor:
+        """x (B, C, H, W), time_terms of `time_terms`, context (B, D) or None -> (B, out_channels, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
-        time = self.time_emb(time_embedding)  # (B, out_channels)
         identity = self.context_emb(context) if self.takes_context else None  # (B, out_channels)
         if self.condition_type == "AddPlusGN":
+            (time,) = time_terms
             embedding = time if identity is None else time + identity
             h = self.norm2(h + embedding[..., None, None])
-        else:
-            embedding = time + identity if self.takes_context and self.condition_type == "AdaGN" else time
+        elif self.takes_context and self.condition_type == "AdaGN":
+            embedding = time_terms[0] + identity
             h = self.norm2(h, self.scale_emb(embedding), self.shift_emb(embedding))
-            if self.takes_context and self.condition_type == "DiffAE":
+        else:
+            h = self.norm2(h, *time_terms)
+            if identity is not None:  # DiffAE
                 h = h * identity[..., None, None]
         return self.conv2(F.silu(h)) + self.shortcut(x)
 
@@ -104,10 +139,10 @@ class Stage(nn.Module):
         self.attn = attn
 
     def forward(
-        self, x: Tensor, time_embedding: Tensor, context: PreparedContext, control: AttentionControl | None
+        self, x: Tensor, time: PreparedTime, context: PreparedContext, control: AttentionControl | None
     ) -> Tensor:
         """x (B, C, H, W) -> (B, out_channels, H, W)."""
-        x = self.res(x, time_embedding, context.embedding)
+        x = self.res(x, time.terms[self.res.layer], context.embedding)
         return x if self.attn is None else self.attn(x, context, control)
 
 
@@ -123,11 +158,11 @@ class Middle(nn.Module):
         self.res2 = res2
 
     def forward(
-        self, x: Tensor, time_embedding: Tensor, context: PreparedContext, control: AttentionControl | None
+        self, x: Tensor, time: PreparedTime, context: PreparedContext, control: AttentionControl | None
     ) -> Tensor:
         """x (B, C, H, W) -> the same shape."""
-        x = self.res1(x, time_embedding, context.embedding)
-        return self.res2(self.attn(x, context, control), time_embedding, context.embedding)
+        x = self.res1(x, time.terms[self.res1.layer], context.embedding)
+        return self.res2(self.attn(x, context, control), time.terms[self.res2.layer], context.embedding)
 
 
 class Downsample(nn.Module):

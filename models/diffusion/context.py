@@ -3,6 +3,7 @@
 Legend: B batch, D context width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +23,13 @@ class PreparedContext:
     embedding: Tensor | None
     keys_values: list[tuple[Tensor, Tensor]]
 
-    def select(self, rows: Tensor) -> "PreparedContext":
-        """The contexts of these rows, (n,) long; a row may come up more than once."""
-        return PreparedContext(
-            None if self.embedding is None else self.embedding[rows],
-            [(keys[rows], values[rows]) for keys, values in self.keys_values],
-        )
+    @classmethod
+    def stack(cls, contexts: Sequence["PreparedContext"]) -> "PreparedContext":
+        """The rows of all of them, one behind the other."""
+        layers = zip(*(context.keys_values for context in contexts), strict=True)
+        keys_values = [tuple(torch.cat(parts) for parts in zip(*layer, strict=True)) for layer in layers]
+        embeddings = [context.embedding for context in contexts]
+        return cls(None if embeddings[0] is None else torch.cat(embeddings), keys_values)
 
 
 class ContextEmbedder(nn.Module):

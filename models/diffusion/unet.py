@@ -17,6 +17,7 @@ from models.diffusion.blocks import (
     CONDITION_TYPES,
     Downsample,
     Middle,
+    PreparedTime,
     ResidualBlock,
     Stage,
     TimeEmbedding,
@@ -84,11 +85,13 @@ class ConditionalUNet(ContextEmbedder):
         self.activation_checkpointing = False  # True: in training, blocks compute their activations twice
         self.downscaling = 2 ** (len(widths) - 1)  # height and width must be multiples of it
         time_channels = 4 * initial_channels
-        num_cross_attentions = 0
+        num_residuals, num_cross_attentions = 0, 0
 
         def residual(in_channels: int, out_channels: int) -> ResidualBlock:
+            nonlocal num_residuals
+            num_residuals += 1
             width = context_channels if is_context_conditional else None
-            return ResidualBlock(in_channels, out_channels, time_channels, condition_type, width)
+            return ResidualBlock(in_channels, out_channels, time_channels, condition_type, width, num_residuals - 1)
 
         def attention(channels: int) -> SelfAttentionBlock | CrossAttentionBlock:
             nonlocal num_cross_attentions
@@ -154,10 +157,19 @@ class ConditionalUNet(ContextEmbedder):
         blocks = [module for module in self.modules() if isinstance(module, CrossAttentionBlock)]
         return PreparedContext(embedding, [block.context_keys_values(embedding) for block in blocks])
 
+    def prepare_time(self, t: Tensor) -> PreparedTime:
+        """Embed timesteps (B,) and compute what every residual block makes of them.
+
+        The result takes the place of the timesteps in `forward`, at any x and context.
+        """
+        embedding = self.time_emb(t)  # (B, E)
+        blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
+        return PreparedTime([block.time_terms(embedding) for block in blocks])
+
     def forward(
         self,
         x: Tensor,
-        t: Tensor,
+        t: Tensor | PreparedTime,
         context: Tensor | PreparedContext | None = None,
         *,
         empty_mask: Tensor | None = None,
@@ -166,12 +178,12 @@ class ConditionalUNet(ContextEmbedder):
     ) -> Tensor:
         """Predict the noise eps in x_t.
 
-        x: (B, input_channels, H, W). t: (B,) timesteps. context: (B, context_input_channels), (B,) class numbers, a
-        prepared context of B rows, or None for the empty context in the whole batch.
+        x: (B, input_channels, H, W). t: (B,) timesteps, or B prepared ones. context: (B, context_input_channels), (B,)
+        class numbers, a prepared context of B rows, or None for the empty context in the whole batch.
         empty_mask: (B,) bool, these samples get the empty context; element_mask: (B, D) bool, components of the
         embedding that survive partial dropout. In training, masks that are not given are drawn; in evaluation nothing
         is dropped.
-        control: injection and recording of attention maps.
+        control: injection and observation of attention maps.
 
         Returns (B, input_channels, H, W). Raises ValueError for inputs of the wrong shape.
         """
@@ -196,18 +208,18 @@ class ConditionalUNet(ContextEmbedder):
         checkpointed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if checkpointed else _call
 
-        time_embedding = self.time_emb(t)  # (B, E)
+        time = t if isinstance(t, PreparedTime) else self.prepare_time(t)
         h = self.image_proj(x)  # (B, C0, H, W)
         skips = [h]
         for module in self.down:
-            h = module(h) if isinstance(module, Downsample) else run(module, h, time_embedding, context, control)
+            h = module(h) if isinstance(module, Downsample) else run(module, h, time, context, control)
             skips.append(h)
-        h = run(self.middle, h, time_embedding, context, control)
+        h = run(self.middle, h, time, context, control)
         for module in self.up:
             if isinstance(module, Upsample):
                 h = module(h)
             else:
-                h = run(module, torch.cat([h, skips.pop()], dim=1), time_embedding, context, control)
+                h = run(module, torch.cat([h, skips.pop()], dim=1), time, context, control)
         return self.final(F.silu(self.norm(h)))  # (B, input_channels, H, W)
 
 

@@ -35,6 +35,15 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
     return path
 
 
+def sync_folder(folder: str | Path) -> None:
+    """Wait until the names of files renamed into `folder` are on the disk (each file's content already is)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write `text` as UTF-8, whole or not at all."""
     return write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))

@@ -1,0 +1,154 @@
+"""Faces from jobs: noise from each job's seed, the sampling engine, the decoder.
+
+An image is a function of its job and the settings alone. Network and decoder are always called with one fixed number of
+rows, on a CPU each call on one thread, so that in float32 it is the same to the last bit whatever else is drawn, in
+whatever order, on however many cores.
+
+Legend: C channels, h w height and width of what is diffused, H W of the image, D context width.
+"""
+
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.engine import Engine, Start, Trajectory, cast_products
+from diffusion.generator import FaceGenerator
+from diffusion.samplers import Sampler, TwoStage
+from utils.config import UserError
+from utils.images import resize, to_uint8
+from utils.precision import DTYPES, autocast
+
+COMPUTE_BATCH = 8  # rows of a network pass
+MIN_COMPUTE_BATCH = 4  # a guided sample takes up to three, and the decoder takes a quarter
+
+
+@dataclass
+class Job:
+    """One image to draw."""
+
+    key: Hashable  # comes back with the image
+    seed: int  # of all its noise
+    context: Tensor | None = None  # unit (D,), () class number, or None for the empty context
+    negative: Tensor | None = None  # unit (D,): whom guidance leads away from; None: the empty context
+
+
+@dataclass
+class Drawn:
+    """One image and what is known of it."""
+
+    key: Hashable
+    image: np.ndarray  # uint8 (H, W, 3)
+    switch_t: int | None = None  # timestep whose d fell under the threshold, -1: none did; None: no stages
+    d: list[float] | None = None  # (S - 1,) change of the attention map in the S steps of stage 1; None: no stages
+
+
+@dataclass
+class DrawingSettings:
+    """How images are computed. All but lanes and max_samples change their rounding."""
+
+    compute_batch: int = COMPUTE_BATCH  # rows of every network pass; the decoder takes a quarter of it at a time
+    lanes: int | None = None  # passes side by side; None: one for each CPU thread, one on a GPU; changes no image
+    max_samples: int | None = None  # under way at a time; None: as many as the rows can take
+    precision: str = "fp32"  # fp32, bf16, fp16
+    compile: bool = False  # the network, with torch.compile: minutes at the start of a long run
+
+
+class FaceDrawer:
+    """Draws images with one generator and one sampler."""
+
+    def __init__(
+        self,
+        generator: FaceGenerator,
+        sampler: Sampler,
+        settings: DrawingSettings,
+        *,
+        image_size: int | None = None,
+    ) -> None:
+        """The generator stays on its device; bf16 and fp16 cast its weights for good. image_size: side of the images in
+        pixels; None: as decoded."""
+        rule, solver = sampler.parts(generator.schedule)
+        self.generator, self.settings, self.image_size = generator, settings, image_size
+        self.has_stages = isinstance(sampler, TwoStage)
+        self.device = next(generator.unet.parameters()).device
+        self.decoder_batch = max(1, settings.compute_batch // 4)  # images take more memory than latents
+        self.engine = Engine(
+            generator.unet,
+            rule,
+            solver,
+            compute_batch=settings.compute_batch,
+            max_samples=settings.max_samples,
+            precision=settings.precision,
+            compile=settings.compile,
+        )
+        dtype = DTYPES[settings.precision]
+        if dtype is not None and generator.first_stage.decoder is not None:
+            cast_products(generator.first_stage.decoder, dtype)
+
+    def draw(self, jobs: Iterable[Job]) -> Iterator[Drawn]:
+        """Draw the images of all jobs, which are pulled when there is room for one; yields them as they end.
+
+        Raises FloatingPointError when the model's output is not finite.
+        """
+        ended: list[Trajectory] = []
+        decoding: deque[Future[list[Drawn]]] = deque()
+        for trajectory in self.trajectories(jobs):
+            ended.append(trajectory)
+            if len(ended) == self.decoder_batch:
+                decoding.append(self.engine.lanes.submit(self._decode, ended))
+                ended = []
+            while decoding and decoding[0].done():
+                yield from decoding.popleft().result()
+        if ended:
+            decoding.append(self.engine.lanes.submit(self._decode, ended))
+        for decoded in decoding:
+            yield from decoded.result()
+
+    def trajectories(self, jobs: Iterable[Job]) -> Iterator[Trajectory]:
+        """The same without the decoder: x_t of each is its x_0 (C, h, w)."""
+        return self.engine.run(self._start(job) for job in jobs)
+
+    def _start(self, job: Job) -> Start:
+        """Noise is drawn on the CPU, so that all devices start from the same."""
+        noise = torch.Generator().manual_seed(job.seed)
+        x_T = torch.randn(self.generator.latent_shape, generator=noise).to(self.device)  # (C, h, w)
+        return Start(job.key, x_T, self._scaled(job.context), self._scaled(job.negative), noise)
+
+    def _scaled(self, context: Tensor | None) -> Tensor | None:
+        if context is None:
+            return None
+        context = context.to(self.device)
+        return context * self.generator.context_scale if context.is_floating_point() else context
+
+    @torch.no_grad()
+    def _decode(self, ended: list[Trajectory]) -> list[Drawn]:
+        padding = self.decoder_batch - len(ended)
+        x_0 = torch.stack([trajectory.x_t for trajectory in ended + ended[:1] * padding])  # (b, C, h, w)
+        if not torch.isfinite(x_0).all():
+            raise FloatingPointError(
+                f"the model draws values that are not finite in {self.settings.precision}; try bf16 or fp32"
+            )
+        with autocast(self.device, self.settings.precision):
+            images = to_uint8(self.generator.first_stage.decode(x_0).float())  # => uint8 (b, H, W, 3)
+        if self.image_size is not None:
+            images = resize(images, self.image_size, antialias=False)  # as the published presets go from 128 to 112
+        return iter(
+            [self._drawn(trajectory, image) for trajectory, image in zip(ended, images[: len(ended)], strict=True)]
+        )
+
+    def _drawn(self, trajectory: Trajectory, image: np.ndarray) -> Drawn:
+        told: dict[str, Any] = {}
+        if self.has_stages:
+            told = {"switch_t": trajectory.progress.switch_t, "d": trajectory.progress.d}
+        return Drawn(trajectory.start.key, image, **told)
+
+
+def check_compute_batch(compute_batch: int) -> None:
+    """Raise UserError for a number of rows that cannot hold a sample."""
+    if compute_batch < MIN_COMPUTE_BATCH:
+        raise UserError(f"sampling.compute_batch: {compute_batch}; give at least {MIN_COMPUTE_BATCH}")

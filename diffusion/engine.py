@@ -1,0 +1,314 @@
+"""The sampling engine: many samples under way, each with its own step, stage and identity, in one network batch.
+
+Every sample is a small state machine. A pass takes the samples that fit its rows, oldest first; a sample that has not
+switched takes one row, one with guidance or injection two or three, in the same pass. Where a sample ends, the next job
+takes its place, so that no row idles until the work runs out. With a fixed number of rows a pass always has the same
+shape, short ones are filled up, and on a CPU each runs on one thread, as many passes side by side as there are threads:
+then what a row gives does not depend on its neighbours, its place or the machine's cores, and a sample's x_0 is a
+function of its job alone. (Kernels round differently at other batch sizes: another number of rows agrees to 1e-5.)
+
+Legend: n samples of a pass, R its rows, C channels, H W height and width, D context width, S side of h.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.attention_maps import AggregatedMap
+from diffusion.lanes import Lanes
+from diffusion.rules import Branch, Evaluation, Progress, Rule, guide
+from diffusion.solvers import Solver, draw_noise
+from models.diffusion.attention import AttentionControl
+from models.diffusion.blocks import PreparedTime
+from models.diffusion.context import PreparedContext
+from models.diffusion.unet import ConditionalUNet
+from utils.precision import DTYPES, autocast
+
+Callback = Callable[[int, int, Tensor, Tensor], None]  # (step number, t, x_t, x_0 as predicted at t), before the update
+MAX_ROWS_OF_A_SAMPLE = 3
+
+
+@dataclass
+class Start:
+    """One sample to draw."""
+
+    key: Any  # whatever the caller knows it by
+    x_T: Tensor  # (C, H, W) noise
+    context: Tensor | None  # (D,), () class number, or None for the empty context
+    negative: Tensor | None = None  # (D,), the context that guidance leads away from; None: the empty one
+    generator: torch.Generator | None = None  # of the noise that the solver adds; None: the global one
+    threshold: float | None = None  # of the switch, this sample's own; None: the rule's
+
+
+@dataclass
+class Trajectory:
+    """One sample under way; when the engine hands it out, x_t is its x_0."""
+
+    start: Start
+    x_t: Tensor  # (C, H, W)
+    progress: Progress
+    contexts: dict[Branch, PreparedContext] | None = None  # of one row each; None: not yet prepared
+    step: int = 0  # the next one to take
+    x_0: Tensor | None = None  # as predicted in the step before, where the solver looks back
+    evaluation: Evaluation | None = None  # of the step before
+
+
+@dataclass
+class Counts:
+    """What an engine has done so far."""
+
+    passes: int = 0  # of the network
+    rows: int = 0  # that samples asked for
+    padding: int = 0  # rows that filled up short passes
+    compile_seconds: float = 0.0  # of the first pass, where it is compiled
+
+
+@dataclass
+class _Pass:
+    """The samples of one pass, what each needs, and their rows."""
+
+    samples: list[Trajectory] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    rows: int = 0
+
+    def add(self, sample: Trajectory, evaluation: Evaluation) -> None:
+        self.samples.append(sample)
+        self.evaluations.append(evaluation)
+        self.rows += len(evaluation.branches)
+
+
+class Engine:
+    """Draws samples with one network, rule and solver."""
+
+    def __init__(
+        self,
+        unet: ConditionalUNet,
+        rule: Rule,
+        solver: Solver,
+        *,
+        compute_batch: int | None = None,
+        lanes: int | None = None,
+        max_samples: int | None = None,
+        precision: str | None = None,
+        compile: bool = False,
+        callback: Callback | None = None,
+    ) -> None:
+        """The network must be in evaluation mode.
+
+        compute_batch: rows R of every pass; None: as many as the samples under way ask for, all in one pass, on the
+        calling thread. lanes: passes side by side; None: one for each CPU thread, one on a GPU.
+        max_samples: under way at a time; None: all (with a compute_batch: all that its rows can take).
+        precision: None leaves autocast to the caller; bf16 and fp16 cast the weights of `unet` for good, once.
+        compile: with torch.compile, for long runs; needs a compute_batch. callback: sees every pass; for samples that
+        all stand at the same step, so without a compute_batch only.
+        """
+        if compile and compute_batch is None:
+            raise ValueError("compile: needs a fixed compute_batch")
+        if callback is not None and compute_batch is not None:
+            raise ValueError("callback: sees whole steps, which a fixed compute_batch splits up")
+        if compute_batch is not None and compute_batch < MAX_ROWS_OF_A_SAMPLE:
+            raise ValueError(f"compute_batch: {compute_batch}; give at least {MAX_ROWS_OF_A_SAMPLE}")
+        self.unet, self.rule, self.solver = unet, rule, solver
+        self.compute_batch, self.max_samples, self.precision = compute_batch, max_samples, precision
+        self.callback = callback
+        self.counts = Counts()
+        self.device = next(unet.parameters()).device
+        self.lanes = None if compute_batch is None else Lanes(self.device, lanes)
+        self._time = self._compute(self._prepare_time)  # a row for each step
+        if precision is not None and DTYPES[precision] is not None:
+            cast_products(unet, DTYPES[precision])
+        self._empty = self._compute(self._prepare, None)
+        self._network = self._forward
+        self._is_cold = compile  # its first pass compiles
+        if compile:
+            # freezing packs the weights for the CPU's kernels once instead of at every call
+            options = {"freezing": True} if self.device.type == "cpu" else None
+            self._network = torch.compile(self._forward, dynamic=False, fullgraph=True, options=options)
+
+    def run(self, starts: Iterable[Start]) -> Iterator[Trajectory]:
+        """Draw all of `starts`, which are pulled when there is room for one; yields them as they end."""
+        waiting, under_way = iter(starts), []
+        while work := self._choose(under_way, waiting):
+            if self._is_cold:
+                began = time.perf_counter()
+                self._compute(self._advance, work.pop(0))
+                self.counts.compile_seconds, self._is_cold = time.perf_counter() - began, False
+            if self.lanes is None:
+                self._advance(work[0])
+            else:
+                for lane in [self.lanes.submit(self._advance, one) for one in work]:
+                    lane.result()
+            ended = [sample for sample in under_way if sample.step == len(self.solver)]
+            under_way = [sample for sample in under_way if sample.step < len(self.solver)]
+            yield from ended
+
+    def _choose(self, under_way: list[Trajectory], waiting: Iterator[Start]) -> list[_Pass]:
+        """Fill passes, one a lane: samples under way, oldest first; then new ones, which join `under_way`."""
+        passes = [_Pass() for _ in range(1 if self.lanes is None else self.lanes.count)]
+        room = math.inf if self.compute_batch is None else self.compute_batch
+
+        def place(sample: Trajectory) -> None:
+            evaluation = self._evaluation(sample)
+            for one in passes:
+                if one.rows + len(evaluation.branches) <= room:
+                    one.add(sample, evaluation)
+                    return
+
+        for sample in under_way:
+            place(sample)
+        while (self.max_samples is None or len(under_way) < self.max_samples) and any(p.rows < room for p in passes):
+            start = next(waiting, None)
+            if start is None:
+                break
+            progress = Progress(start.context is not None, start.negative is not None, start.threshold)
+            under_way.append(Trajectory(start, start.x_T, progress))
+            before = sum(one.rows for one in passes)
+            place(under_way[-1])
+            if sum(one.rows for one in passes) == before:
+                break  # it needs more rows than are left in any pass, and goes first in one of the next
+        passes = [one for one in passes if one.samples]
+        self.counts.passes += len(passes)
+        self.counts.rows += sum(one.rows for one in passes)
+        if self.compute_batch is not None:
+            self.counts.padding += sum(self.compute_batch - one.rows for one in passes)
+        return passes
+
+    def _evaluation(self, sample: Trajectory) -> Evaluation:
+        return self.rule.evaluation(self.solver.timesteps[sample.step], sample.progress)
+
+    def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """In a lane where there are lanes: small products, too, round differently on several threads."""
+        return function(*arguments) if self.lanes is None else self.lanes.submit(function, *arguments).result()
+
+    @torch.no_grad()
+    def _prepare_time(self) -> PreparedTime:
+        return self.unet.prepare_time(torch.tensor(self.solver.timesteps, device=self.device))
+
+    @torch.no_grad()
+    def _prepare(self, context: Tensor | None) -> PreparedContext:
+        """Of one row, so that it does not depend on who else comes."""
+        with self._autocast():
+            return self.unet.prepare_context(None if context is None else context[None])
+
+    def _contexts_of(self, sample: Trajectory) -> dict[Branch, PreparedContext]:
+        if sample.contexts is None:
+            given = {Branch.IDENTITY: sample.start.context, Branch.NEGATIVE: sample.start.negative}
+            prepared = {branch: self._prepare(context) for branch, context in given.items() if context is not None}
+            sample.contexts = {Branch.EMPTY: self._empty, **prepared}
+        return sample.contexts
+
+    @torch.no_grad()
+    def _advance(self, work: _Pass) -> None:
+        """One pass of the network, and a step of the solver for each of its samples."""
+        samples, solver = work.samples, self.solver
+        steps = [sample.step for sample in samples]
+        timesteps = [solver.timesteps[step] for step in steps]
+        x_t = torch.stack([sample.x_t for sample in samples])  # (n, C, H, W)
+
+        # 1. the network, all rows at once
+        first_rows, eps_rows, h_rows = self._evaluate(work, x_t)
+        # 2. the noise in x_t, guided
+        main = [first + e.main for first, e in zip(first_rows, work.evaluations, strict=True)]
+        away = [first + e.away for first, e in zip(first_rows, work.evaluations, strict=True)]
+        scale = torch.tensor([e.scale for e in work.evaluations], device=x_t.device, dtype=x_t.dtype)
+        eps = guide(eps_rows[main], eps_rows[away], scale[:, None, None, None])
+        # 3. h_t of the pass that made eps, and the switch from the next step on
+        if h_rows is not None:
+            self.rule.observe(timesteps, [sample.progress for sample in samples], h_rows[main])
+        # 4. the step. A prediction of another kind than the one before (another stage, guidance that begins) is no past
+        #    to extrapolate from: a multistep solver starts again there
+        x_0 = solver.predict_x_0(steps, x_t, eps)
+        has_past = [s.x_0 is not None and s.evaluation == e for s, e in zip(samples, work.evaluations, strict=True)]
+        before = (
+            x_0
+            if not any(has_past)
+            else torch.stack([x_0[i] if s.x_0 is None else s.x_0 for i, s in enumerate(samples)])
+        )
+        if self.callback is not None:
+            self.callback(steps[0], timesteps[0], x_t, x_0)
+        noise = self._noise(samples, steps, x_t)
+        x_next = solver.step(steps, x_t, x_0, before, torch.tensor(has_past, device=x_t.device), noise)
+        for row, (sample, evaluation) in enumerate(zip(samples, work.evaluations, strict=True)):
+            sample.x_t = x_next[row]
+            sample.x_0 = x_0[row] if solver.is_multistep else None
+            sample.evaluation = evaluation
+            sample.step += 1
+
+    def _evaluate(self, work: _Pass, x_t: Tensor) -> tuple[list[int], Tensor, Tensor | None]:
+        """The rows of the samples through the network: each sample's first row, eps and h of all rows."""
+        of_sample, contexts, source, blend, first_rows = [], [], [], [], []
+        for number, (sample, evaluation) in enumerate(zip(work.samples, work.evaluations, strict=True)):
+            first = len(of_sample)
+            first_rows.append(first)
+            for offset, branch in enumerate(evaluation.branches):
+                of_sample.append(number)
+                contexts.append(self._contexts_of(sample)[branch])
+                source.append(first if evaluation.injects_self else first + offset)
+                blend.append(evaluation.blends_cross and offset > 0)
+        padding = 0 if self.compute_batch is None else self.compute_batch - work.rows
+        of_sample += [0] * padding
+        contexts += contexts[:1] * padding
+        source += range(work.rows, work.rows + padding)
+        blend += [False] * padding
+
+        device = x_t.device
+        rows = torch.tensor(of_sample, device=device)
+        steps = torch.tensor([sample.step for sample in work.samples], device=device)[rows]
+        injection = (torch.tensor(source, device=device), torch.tensor(blend, device=device))
+        with self._autocast():
+            eps, h = self._network(
+                x_t[rows], steps, PreparedContext.stack(contexts), *(injection if self.rule.injects else (None, None))
+            )
+        # under autocast the network returns half precision; the trajectory stays in the precision of x_T
+        return first_rows, eps.to(x_t.dtype), h
+
+    def _forward(
+        self, x_t: Tensor, steps: Tensor, contexts: PreparedContext, source: Tensor | None, blend: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is compiled: (R, C, H, W), (R,) step numbers, R contexts -> eps (R, C, H, W), h (R, S, S)."""
+        timesteps = self._time.select(steps)
+        if source is None:
+            return self.unet(x_t, timesteps, contexts), None
+        maps = AggregatedMap(x_t.shape[-2:])
+        control = AttentionControl(source, blend, maps.add)
+        eps = self.unet(x_t, timesteps, contexts, control=control)
+        return eps, maps.h()
+
+    def _noise(self, samples: list[Trajectory], steps: list[int], x_t: Tensor) -> Tensor | None:
+        """z (n, C, H, W) of the samples whose solver adds noise in this step; None where there is none."""
+        noisy = [row for row, step in enumerate(steps) if self.solver.sigma[step] > 0]
+        if not noisy:
+            return None
+        drawn = draw_noise(x_t[noisy], [samples[row].start.generator for row in noisy])
+        return torch.zeros_like(x_t).index_copy_(0, torch.tensor(noisy, device=x_t.device), drawn)
+
+    def _autocast(self) -> Any:
+        return nullcontext() if self.precision is None else autocast(self.device, self.precision)
+
+
+def cast_products(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights of convolutions and linear layers for good; autocast would cast them again at every call.
+
+    Norms keep float32 weights, in which their sums are made.
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
+            module.to(dtype)
+
+
+@contextmanager
+def evaluating(unet: nn.Module) -> Iterator[None]:
+    """Put every submodule into evaluation mode, and back into the mode it was in."""
+    training = [module for module in unet.modules() if module.training]
+    unet.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
