@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.engine import Engine, Start, Trajectory, cast_products
+from diffusion.engine import Engine, Start, Trajectory
 from diffusion.generator import FaceGenerator
 from diffusion.samplers import Sampler, TwoStage
 from utils.config import UserError
 from utils.images import resize, to_uint8
-from utils.precision import DTYPES, autocast
+from utils.precision import DTYPES, autocast, cast_products
 
 COMPUTE_BATCH = 8  # rows of a network pass
 MIN_COMPUTE_BATCH = 4  # a guided sample takes up to three, and the decoder takes a quarter

@@ -28,7 +28,7 @@ from models.diffusion.attention import AttentionControl
 from models.diffusion.blocks import PreparedTime
 from models.diffusion.context import PreparedContext
 from models.diffusion.unet import ConditionalUNet
-from utils.precision import DTYPES, autocast
+from utils.precision import DTYPES, autocast, cast_products
 
 Callback = Callable[[int, int, Tensor, Tensor], None]  # (step number, t, x_t, x_0 as predicted at t), before the update
 MAX_ROWS_OF_A_SAMPLE = 3
@@ -121,8 +121,10 @@ class Engine:
         self.device = next(unet.parameters()).device
         self.lanes = None if compute_batch is None else Lanes(self.device, lanes)
         self._time = self._compute(self._prepare_time)  # a row for each step
-        if precision is not None and DTYPES[precision] is not None:
-            cast_products(unet, DTYPES[precision])
+        dtype = None if precision is None else DTYPES[precision]
+        if dtype is not None:
+            cast_products(unet, dtype)
+            self._time = self._time.to(dtype)  # made in float32
         self._empty = self._compute(self._prepare, None)
         self._network = self._forward
         self._is_cold = compile  # its first pass compiles
@@ -153,12 +155,13 @@ class Engine:
         passes = [_Pass() for _ in range(1 if self.lanes is None else self.lanes.count)]
         room = math.inf if self.compute_batch is None else self.compute_batch
 
-        def place(sample: Trajectory) -> None:
-            evaluation = self._evaluation(sample)
+        def place(sample: Trajectory) -> bool:
+            evaluation = self.rule.evaluation(self.solver.timesteps[sample.step], sample.progress)
             for one in passes:
                 if one.rows + len(evaluation.branches) <= room:
                     one.add(sample, evaluation)
-                    return
+                    return True
+            return False
 
         for sample in under_way:
             place(sample)
@@ -168,19 +171,14 @@ class Engine:
                 break
             progress = Progress(start.context is not None, start.negative is not None, start.threshold)
             under_way.append(Trajectory(start, start.x_T, progress))
-            before = sum(one.rows for one in passes)
-            place(under_way[-1])
-            if sum(one.rows for one in passes) == before:
-                break  # it needs more rows than are left in any pass, and goes first in one of the next
+            if not place(under_way[-1]):
+                break  # it needs more rows than are left in any pass
         passes = [one for one in passes if one.samples]
         self.counts.passes += len(passes)
         self.counts.rows += sum(one.rows for one in passes)
         if self.compute_batch is not None:
             self.counts.padding += sum(self.compute_batch - one.rows for one in passes)
         return passes
-
-    def _evaluation(self, sample: Trajectory) -> Evaluation:
-        return self.rule.evaluation(self.solver.timesteps[sample.step], sample.progress)
 
     def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """In a lane where there are lanes: small products, too, round differently on several threads."""
@@ -225,11 +223,9 @@ class Engine:
         #    to extrapolate from: a multistep solver starts again there
         x_0 = solver.predict_x_0(steps, x_t, eps)
         has_past = [s.x_0 is not None and s.evaluation == e for s, e in zip(samples, work.evaluations, strict=True)]
-        before = (
-            x_0
-            if not any(has_past)
-            else torch.stack([x_0[i] if s.x_0 is None else s.x_0 for i, s in enumerate(samples)])
-        )
+        before = x_0
+        if solver.is_multistep:
+            before = torch.stack([x_0[row] if s.x_0 is None else s.x_0 for row, s in enumerate(samples)])
         if self.callback is not None:
             self.callback(steps[0], timesteps[0], x_t, x_0)
         noise = self._noise(samples, steps, x_t)
@@ -290,16 +286,6 @@ class Engine:
 
     def _autocast(self) -> Any:
         return nullcontext() if self.precision is None else autocast(self.device, self.precision)
-
-
-def cast_products(network: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights of convolutions and linear layers for good; autocast would cast them again at every call.
-
-    Norms keep float32 weights, in which their sums are made.
-    """
-    for module in network.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
-            module.to(dtype)
 
 
 @contextmanager

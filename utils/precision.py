@@ -1,6 +1,7 @@
 """fp32, bf16 and fp16 as a setting: weights stay float32, the arithmetic of a block is autocast."""
 
 import torch
+from torch import nn
 
 from utils.config import UserError
 from utils.logging import get_logger
@@ -28,3 +29,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """A context in which matrix products and convolutions on `device` run in `precision`."""
     dtype = DTYPES[check_precision(precision)]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def cast_products(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights of convolutions and linear layers for good; autocast would cast them again at every call.
+
+    Norms keep float32 weights, in which their sums are made.
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
+            module.to(dtype)

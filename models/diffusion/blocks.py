@@ -47,6 +47,9 @@ class PreparedTime:
         """The timesteps of these rows, (n,) long; a row may come up more than once."""
         return PreparedTime([tuple(term[rows] for term in terms) for terms in self.terms])
 
+    def to(self, dtype: torch.dtype) -> "PreparedTime":
+        return PreparedTime([tuple(term.to(dtype) for term in terms) for terms in self.terms])
+
 
 class AdaptiveGroupNorm(nn.Module):
     """(1 + scale) * GroupNorm(h) + shift (Dhariwal & Nichol, 2021, section 3)."""
