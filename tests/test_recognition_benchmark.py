@@ -21,9 +21,8 @@ def test_the_plain_step_is_arcface_with_sgd() -> None:
     ours = F.cross_entropy(head(embeddings, labels), labels)
     assert torch.allclose(F.cross_entropy(plain(embeddings, labels), labels), ours, rtol=1e-5)
     trainer = PlainTrainer(backbone, head.weight.detach(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    assert len(trainer.optimizer.param_groups[0]["params"]) + len(trainer.optimizer.param_groups[1]["params"]) == len(
-        [*backbone.parameters(), head.weight]
-    )
+    held = {p for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == {*backbone.parameters(), trainer.head.weight}
     losses = [trainer.step(images, labels) for _ in range(8)]
     assert losses[-1] < losses[0]
 
