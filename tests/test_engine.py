@@ -122,8 +122,14 @@ def test_another_compute_batch_differs_by_rounding(small, starts, compute_batch)
         assert relative_error(a.x_t, b.x_t) < 1e-5
 
 
-@pytest.mark.slow
-def test_compiled(small, starts):
+def test_compiled_in_one_graph(monkeypatch, small, starts):
+    """Traced and run without the C++ compiler, which takes minutes; benchmarks.sampling has the real thing."""
+    inductor = torch.compile
+
+    def traced(function, *, dynamic: bool, fullgraph: bool, options: dict):
+        return inductor(function, dynamic=dynamic, fullgraph=fullgraph, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
     plain = draw(make(small, compute_batch=6), starts)
     engine = make(small, compute_batch=6, compile=True)
     compiled = draw(engine, starts)
