@@ -7,7 +7,7 @@ from string import Template
 from typing import Any
 
 from diffusion.layouts import BLOCK_COLUMNS
-from diffusion.sample_store import Record
+from diffusion.sample_lines import Record
 from utils.checkpoint import write_text
 
 CARD_FILE = "README.md"

@@ -21,7 +21,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 from diffusion.calibration import CALIBRATION_FILE
 from diffusion.layouts import Layout, Sample, digests
+from diffusion.sample_lines import MANIFEST_COLUMNS, OPTIONAL_COLUMNS, Found, Record, line_of, read_lines, write_series
 from diffusion.sampling_preview import PREVIEW_FILE
-from utils.checkpoint import sync_folder, write_atomically, write_json, write_text
+from utils.checkpoint import sync_folder, write_json, write_text
 from utils.config import UserError
 from utils.folder_lock import FolderLock
 from utils.images import default_threads, list_images
@@ -42,14 +43,9 @@ from utils.logging import get_logger
 log = get_logger(__name__)
 
 DATASET_FILE = "dataset.json"
-MANIFEST_COLUMNS = ("file", "identity", "index", "seed", "switch_t", "sha256")
-OPTIONAL_COLUMNS = ("angle",)  # of identity perturbation, radians
 PIECE = 4  # images that a process takes at a time
-NEWEST = 64  # of the last lines of each process are verified after a kill
 SETTLING = 60.0  # seconds in which a file that another machine wrote shows up here
 _OWN_FILES = ("log.txt", PREVIEW_FILE, CALIBRATION_FILE)
-
-Record = dict[str, Any]  # a line of the manifest; in .parts also `d`, the image's series
 
 
 @dataclass
@@ -58,15 +54,6 @@ class Piece:
 
     group: int
     samples: list[Sample]
-
-
-@dataclass
-class _Found:
-    """What the lines in a folder tell."""
-
-    records: dict[Sample, Record]
-    packed: dict[str, tuple[int, str]]  # by file: number of images, sha256 (of a block)
-    newest: list[Sample]  # whose lines came last
 
 
 class SampleStore:
@@ -156,7 +143,7 @@ class SampleStore:
         return ""
 
     def _has_images(self) -> bool:
-        found, present = self._read(), self._present()
+        found, present = self._lines(), self._present()
         return any(self.layout.disk_file(record["file"]) in present for record in found.records.values()) or any(
             list_images(self.waiting)
         )
@@ -167,7 +154,7 @@ class SampleStore:
         Of what the last run left, the newest files are read and hashed, with `verify` all; damaged ones are deleted and
         drawn again. `with_series`: an image whose d is lost counts as not drawn.
         """
-        found = self._read()
+        found = self._lines()
         self._delete_damaged(found, list(found.records) if verify else found.newest, show=verify)
         finished, waiting = self._state(found, with_series)
         pieces, lost = [], 0
@@ -183,36 +170,14 @@ class SampleStore:
             log.info("%d images have a line, but no sound file that holds them: they are drawn again", lost)
         return pieces
 
-    def _read(self) -> _Found:
-        """All whole lines: of the manifest, then of the parts, in the order of their runs."""
-        series = self._read_series()
-        found = _Found({}, {}, [])
-        parts = sorted(self.parts.glob("*.jsonl"))
-        last = parts[-1].name.partition("-")[0] if parts else ""
-        for path in (self.manifest, *parts):
-            keys: list[Sample] = []
-            for record in _read_lines(path):
-                if "packed" in record:
-                    found.packed[record["packed"]] = (record["images"], record["sha256"])
-                    continue
-                key = (record["identity"], record["index"])
-                if path == self.manifest:
-                    file = self.layout.disk_file(record["file"])
-                    found.packed[file] = (found.packed.get(file, (0, ""))[0] + 1, record["sha256"])
-                    record["d"] = series.get(key)
-                elif "d" in record:
-                    record["d"] = np.array(record["d"], np.float32)
-                found.records[key] = record
-                keys.append(key)
-            if path.name.partition("-")[0] == last:
-                found.newest += keys[-NEWEST:]
-        return found
+    def _lines(self) -> Found:
+        return read_lines(self.manifest, self.series, self.parts, self.layout)
 
     def _present(self) -> set[str]:
         """The files of images and shards in the folder."""
         return {*list_images(self.folder), *(path.name for path in self.folder.glob("*.tar"))}
 
-    def _state(self, found: _Found, with_series: bool) -> tuple[dict[Sample, Record], dict[Sample, Record]]:
+    def _state(self, found: Found, with_series: bool) -> tuple[dict[Sample, Record], dict[Sample, Record]]:
         """Of the images with a line: those that are finished, and those that wait to be packed."""
         records = found.records
         if with_series:
@@ -231,7 +196,7 @@ class SampleStore:
         waiting = {s: r for s, r in records.items() if s not in finished and waiting_file(layout, s) in names}
         return finished, waiting
 
-    def _delete_damaged(self, found: _Found, samples: Sequence[Sample], *, show: bool) -> None:
+    def _delete_damaged(self, found: Found, samples: Sequence[Sample], *, show: bool) -> None:
         """Hash the files of these images and delete those that are not as their lines say."""
         layout, wanted = self.layout, {}  # by path relative to the folder: the sha256 of what it holds, by name
         present, names = self._present(), set(list_images(self.waiting))
@@ -265,7 +230,7 @@ class SampleStore:
         wanted = list(self.layout.samples())
         deadline = time.monotonic() + SETTLING
         while True:
-            records, _ = self._state(self._read(), with_series=timesteps is not None)
+            records, _ = self._state(self._lines(), with_series=timesteps is not None)
             lost = [sample for sample in wanted if sample not in records]
             if not lost:
                 break
@@ -278,13 +243,8 @@ class SampleStore:
         columns = (*MANIFEST_COLUMNS, *(column for column in OPTIONAL_COLUMNS if column in records[wanted[0]]))
         lines = [{column: records[sample][column] for column in columns} for sample in wanted]
         if timesteps is not None:
-            arrays = {
-                "identity": np.array([name for name, _ in wanted]),
-                "index": np.array([index for _, index in wanted]),
-                "d": np.array([records[sample]["d"] for sample in wanted], dtype=np.float32).T,  # (S - 1, n)
-                "timesteps": np.array(timesteps),
-            }
-            write_atomically(self.series, lambda path: _save_arrays(path, arrays))
+            d = np.array([records[sample]["d"] for sample in wanted], dtype=np.float32).T  # (S - 1, n)
+            write_series(self.series, wanted, d, timesteps)
         write_text(self.manifest, "".join(line_of(line) for line in lines))
         strange = self._present() - {self.layout.disk_file(line["file"]) for line in lines}
         if strange:
@@ -298,40 +258,10 @@ class SampleStore:
         shutil.rmtree(self.parts)
         self._clear_temporary()
 
-    def _read_series(self) -> dict[Sample, np.ndarray]:
-        if not self.series.is_file():
-            return {}
-        with np.load(self.series, allow_pickle=False) as arrays:
-            keys = zip(arrays["identity"].tolist(), arrays["index"].tolist(), strict=True)
-            return dict(zip(keys, arrays["d"].T, strict=True))
-
 
 def waiting_file(layout: Layout, sample: Sample) -> str:
     """Where an image waits to be packed, below .parts/images."""
     return f"{sample[0]}/{sample[1]}{layout.waiting_suffix}"
-
-
-def line_of(record: Mapping[str, Any]) -> str:
-    """A record as a line of text."""
-    return json.dumps(record) + "\n"
-
-
-def _read_lines(path: Path) -> Iterator[Record]:
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # cut short by a kill: the image is drawn again
-            if isinstance(record, dict) and ("packed" in record or all(c in record for c in MANIFEST_COLUMNS)):
-                yield record
-
-
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with open(path, "wb") as file:  # numpy appends .npz to a bare name
-        np.savez_compressed(file, **arrays)
 
 
 def _short(value: Any) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from diffusion.layouts import Sample
-from diffusion.sample_store import Piece, Record, SampleStore, line_of, waiting_file
+from diffusion.sample_lines import Record, line_of
+from diffusion.sample_store import Piece, SampleStore, waiting_file
 from utils.checkpoint import sync_folder
 from utils.distributed import SharedCounter
 from utils.guards import needs_disk

@@ -25,7 +25,8 @@ from diffusion.perturbation import (
     Perturbation,
     measure_perturbation,
 )
-from diffusion.sample_store import Piece, Record, SampleStore
+from diffusion.sample_lines import Record
+from diffusion.sample_store import Piece, SampleStore
 from diffusion.sample_writer import SampleWriter
 from diffusion.samplers import Sampler, TwoStage
 from diffusion.sampling_preview import COLUMNS, ROWS, write_preview
