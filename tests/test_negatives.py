@@ -1,16 +1,19 @@
 """Negative identity guidance: who an image is led away from, and what sample.py makes of it."""
 
 import json
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import pytest
 import torch
 
+from diffusion.drawing import Drawn, FaceDrawer, Job
 from diffusion.identities import Identities
 from diffusion.negatives import Negatives, NegativeSettings, check_negative
 from diffusion.samplers import OneStage
 from models.diffusion.unet import ConditionalUNet
 from tests import test_sample
-from tests.test_sample import MODEL, images, run
+from tests.test_sample import MODEL, run
 from utils.config import UserError
 
 files = test_sample.files  # the fixture: a tiny model and four contexts
@@ -52,19 +55,31 @@ def _row(people: Identities, context: torch.Tensor) -> int:
     return next(row for row, other in enumerate(people.neighbours) if torch.equal(other, context))
 
 
-def test_changes_images_and_joins_perturbation(files, tmp_path):
-    drawn = {}
+def test_reaches_the_sampler_and_joins_perturbation(files, tmp_path, monkeypatch):
+    """The same negatives with and without perturbation, which turns the identity's context alone."""
+    jobs: dict[str, list[Job]] = {}
+    original = FaceDrawer.draw
+
+    def draw(drawer: FaceDrawer, given: Iterable[Job]) -> Iterator[Drawn]:
+        jobs[name] = list(given)
+        return original(drawer, jobs[name])
+
+    monkeypatch.setattr(FaceDrawer, "draw", draw)
     for name, words in {
-        "plain": [],
-        "negative": ["sampling.negative.choice=random"],
-        "both": ["sampling.negative.choice=random", "sampling.perturbation.lower_bound=0.6"],
+        "negative": ["sampling.negative.choice=least_similar"],
+        "both": ["sampling.negative.choice=least_similar", "sampling.perturbation.lower_bound=0.6"],
     }.items():
         run(files, tmp_path / name, *SHORT, *words)
-        drawn[name] = images(tmp_path / name)
-    for a, b in (("plain", "negative"), ("negative", "both")):
-        assert all((drawn[a][file] != drawn[b][file]).any() for file in drawn[a])
+    contexts = torch.nn.functional.normalize(torch.from_numpy(np.load(files / "contexts.npy")))
+    farthest = (contexts @ contexts.T).argmin(dim=1)
+    for one, other in zip(jobs["negative"], jobs["both"], strict=True):
+        row = int(one.key[0])
+        torch.testing.assert_close(one.negative, contexts[farthest[row]])
+        torch.testing.assert_close(one.context, contexts[row])
+        assert torch.equal(one.negative, other.negative) and one.seed == other.seed
+        assert 0.6 <= one.context @ other.context < 1
     fixed = json.loads((tmp_path / "both" / "sampling.json").read_text())["fixed"]
-    assert fixed["sampling.negative.choice"] == "random"
+    assert fixed["sampling.negative.choice"] == "least_similar"
     with pytest.raises(UserError, match=r"sampling\.negative\.choice: null, before"):
         run(files, tmp_path / "negative", *SHORT)
 
