@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class ImageFiles(LabelledImages):
         self.root, self.format = root, format
 
     def encoded(self, index: int) -> bytes:
-        return read_bytes(self.root / self.names[index])
+        return read_bytes(os.path.join(self.root, self.names[index]))
 
     def describe(self, index: int) -> str:
         return str(self.root / self.names[index])
