@@ -58,7 +58,7 @@ def open_sets(
         for name, pairs in open_benchmarks(folder, skip_missing=skip_missing).items():
             add(name, pairs)
     for path in bin_files:
-        file = existing_file(path, f"{keys[0]}bin_file")
+        file = existing_file(path, f"{keys[0]}bin_files" if keys[0] else "bin_file")
         add(_benchmark_name(file.stem), read_bin(file))
     if pairs_file is not None or root is not None:
         if layout not in LAYOUTS:

@@ -8,6 +8,7 @@ The same command goes on where a killed run stopped. Settings: configs/recogniti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -68,9 +69,12 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 def check_optimizer(make_optimizer: Callable[..., torch.optim.Optimizer]) -> None:
     """UserError for values that the optimiser does not take, before data are read."""
     try:
-        make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+        optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
         raise UserError(f"training.optimizer: {error}") from error
+    for name, value in optimizer.defaults.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"training.optimizer.{name}: {value}; a finite number is wanted")
 
 
 if __name__ == "__main__":

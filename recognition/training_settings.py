@@ -49,7 +49,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name in POSITIVE:
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:  # NaN neither
                 raise UserError(f"training.{name}: {value}; it must be above 0")
         if self.num_workers < 0:
             raise UserError(f"training.num_workers: {self.num_workers}; it must be at least 0")

@@ -123,8 +123,8 @@ class Watch:
             self._tell(
                 "finite",
                 "step %d: the loss is %g, the mean norm of the embeddings %g; most likely the run diverged: "
-                "training.lr is too high for the start (warmup_epochs, gradient_clip=5), or fp16 overflowed "
-                "(precision=bf16)",
+                "training.optimizer.lr is too high for the start (training.lr_schedule.warmup_epochs, "
+                "training.gradient_clip=5), or fp16 overflowed (training.precision=bf16)",
                 *(step, loss, norm),
             )
 
@@ -135,14 +135,14 @@ class Watch:
             self._tell(
                 "exploding",
                 "step %d: the embeddings' mean norm is %.3g, %.3g at first; most likely the backbone's last layers "
-                "explode: lower training.lr, or clip the gradient (gradient_clip=5)",
+                "explode: lower training.optimizer.lr, or clip the gradient (training.gradient_clip=5)",
                 *(step, norm, self._first_norm),
             )
         elif norm < self._first_norm / NORM_FACTOR or norm == 0:
             self._tell(
                 "vanishing",
                 "step %d: the embeddings' mean norm is %.3g, %.3g at first; most likely weight decay outweighs the "
-                "gradient or units died: lower training.weight_decay or training.lr",
+                "gradient or units died: lower training.optimizer.weight_decay or training.optimizer.lr",
                 *(step, norm, self._first_norm),
             )
 
@@ -151,8 +151,8 @@ class Watch:
             self._tell(
                 "collapsed",
                 "step %d: the embeddings of a batch are all alike (mean cosine %.3f, spread %.3f of their length); "
-                "most likely the network collapsed (training.lr too high at the start, labels that mean nothing) or "
-                "the images are all the same",
+                "most likely the network collapsed (training.optimizer.lr too high at the start, labels that mean "
+                "nothing) or the images are all the same",
                 *(step, numbers["batch_cosine"], numbers["spread"]),
             )
 
@@ -169,7 +169,7 @@ class Watch:
                 "chance",
                 "step %d: after %d epochs %.2g of %d images are classified rightly, where guessing gives %.2g, and the "
                 "loss is %.4g, where guessing gives %.4g; most likely the labels are shuffled (recognition.check with "
-                "an embedder tells), training.lr is wrong, or the margin is too large for the start",
+                "an embedder tells), training.optimizer.lr is wrong, or the margin is too large for the start",
                 *(step, step // self.steps_per_epoch, accuracy, int(seen), chance, loss, self.loss_at_chance),
             )
 

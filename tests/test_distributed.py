@@ -1,4 +1,4 @@
-"""Processes that Slurm starts find one another without torchrun."""
+"""Processes that Slurm starts find one another without torchrun; devices by name."""
 
 import os
 import subprocess
@@ -58,3 +58,9 @@ def test_a_step_without_scontrol_says_so(monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST: scontrol show hostnames .* failed"):
         distributed.init()
+
+
+def test_devices_that_torch_does_not_know():
+    assert distributed.device("cpu").type == "cpu"
+    with pytest.raises(UserError, match=r"^device: 'gpu'; auto, cpu or cuda is wanted$"):
+        distributed.device("gpu")

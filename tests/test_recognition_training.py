@@ -406,6 +406,7 @@ def test_batch_norms_are_spared_unless_asked() -> None:
         ({"epochs": 0}, r"training\.epochs: 0"),
         ({"sample_rate": 0.0}, r"training\.sample_rate: 0\.0"),
         ({"gradient_clip": -1.0}, r"training\.gradient_clip: -1"),
+        ({"gradient_clip": float("nan")}, r"training\.gradient_clip: nan"),
         (
             {"batch_size": 9, "micro_batch_size": 4},
             r"training\.micro_batch_size: 4 cuts a batch of 9 into parts of one",
@@ -424,6 +425,8 @@ def test_rates_that_no_optimiser_takes() -> None:
         check_optimizer(partial(SGD, lr=-1.0))
     with pytest.raises(UserError, match=r"training\.optimizer: .*'str'"):
         check_optimizer(partial(SGD, lr="fast"))
+    with pytest.raises(UserError, match=r"^training\.optimizer\.lr: nan; a finite number"):
+        check_optimizer(partial(SGD, lr=float("nan")))
     check_optimizer(SGD)
 
 

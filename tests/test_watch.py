@@ -2,13 +2,16 @@
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import nn
 
+from recognition import watch
 from recognition.heads import ArcFace, CosFace, ElasticFaceCos
 from recognition.training_settings import TrainingSettings
 from recognition.watch import Watch, chance_loss, watch_over
@@ -102,6 +105,15 @@ def test_a_run_that_goes_well_is_silent(caplog):
 def test_each_guard_tells_once(caplog, steps, words):
     (message,) = watched(caplog, steps)
     assert re.search(words, message), message
+
+
+def test_what_is_advised_are_keys_of_the_configuration(compose):
+    named = set(re.findall(r"training\.[a-z_.]*[a-z_]", Path(watch.__file__).read_text().partition("class Watch")[2]))
+    cfg = compose("recognition_train_config", "dataset.root=x", "output_dir=x")
+    assert {"training.optimizer.lr", "training.gradient_clip"} <= named
+    for key in named:
+        section, _, name = key.rpartition(".")
+        assert name in OmegaConf.select(cfg, section), key
 
 
 def test_what_is_not_told(caplog):

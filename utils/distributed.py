@@ -108,7 +108,10 @@ def device(name: str = "auto") -> torch.device:
     if name != "auto":
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"device: {name}, but torch sees no GPU here; give auto or cpu")
-        return torch.device(name)
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise UserError(f"device: {name!r}; auto, cpu or cuda is wanted") from error
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
