@@ -45,6 +45,7 @@ class Fixed:
         ("admis", {"flip": 0.5, "resized_crop": 0.2}),
         ("idiff_face", {"flip": 0.5, "rand_augment": 1.0}),
         ("erasing_blur", {"flip": 0.5, "blur": 0.2, "erasing": 0.5}),
+        ("small_faces", {"flip": 0.5, "low_resolution": 0.1, "photometric": 0.2}),
     ],
 )
 def test_published_combinations(compose, name: str, expected: dict) -> None:

@@ -101,6 +101,17 @@ def test_rates_of_recognition(compose, name):
     assert set(cfg.lr_schedule) - {"_target_"} == {field.name for field in dataclasses.fields(schedule)}
 
 
+def test_the_small_recogniser_takes_other_groups_as_they_are(compose):
+    def chosen(*overrides):
+        cfg = compose("recognition_train_config", *overrides)
+        return cfg.augment, cfg.training.lr_schedule
+
+    for augment, schedule in zip(group("augment"), group("lr_schedule") * 2, strict=False):
+        groups = [f"augment={augment}", f"lr_schedule@training.lr_schedule={schedule}"]
+        alone = chosen(*groups, "training.lr_schedule.warmup_epochs=1")
+        assert chosen("experiment=recognition_cpu", *groups) == alone
+
+
 @pytest.mark.parametrize("name", group("ema"))
 def test_averages(compose, name):
     cfg = compose("train_config", f"ema@training.ema={name}").training
