@@ -68,13 +68,13 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 
 def check_optimizer(make_optimizer: Callable[..., torch.optim.Optimizer]) -> None:
     """UserError for values that the optimiser does not take, before data are read."""
+    for name, value in getattr(make_optimizer, "keywords", {}).items():
+        if isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
+            raise UserError(f"training.optimizer.{name}: {value!r}; a finite number is wanted")
     try:
-        optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+        make_optimizer([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
         raise UserError(f"training.optimizer: {error}") from error
-    for name, value in optimizer.defaults.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"training.optimizer.{name}: {value}; a finite number is wanted")
 
 
 if __name__ == "__main__":
