@@ -78,8 +78,8 @@ def test_reaches_the_sampler_and_joins_perturbation(files, tmp_path, monkeypatch
         torch.testing.assert_close(one.context, contexts[row])
         assert torch.equal(one.negative, other.negative) and one.seed == other.seed
         assert 0.6 <= one.context @ other.context < 1
-    fixed = json.loads((tmp_path / "both" / "sampling.json").read_text())["fixed"]
-    assert fixed["sampling.negative.choice"] == "least_similar"
+    settings = json.loads((tmp_path / "both" / "dataset.json").read_text())["settings"]
+    assert settings["sampling.negative.choice"] == "least_similar"
     with pytest.raises(UserError, match=r"sampling\.negative\.choice: null, before"):
         run(files, tmp_path / "negative", *SHORT)
 
