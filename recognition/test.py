@@ -136,7 +136,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 def inputs_of(options: TestSettings) -> dict[str, Any]:
     """What results.json holds the results of."""
     own = {key: getattr(options, key) for key in (*SETS, "checkpoint", "channel_order", "flip", "precision")}
-    return {**own, "dataset.root": options.dataset.root, "dataset.layout": options.dataset.layout}
+    return own | {f"dataset.{key}": getattr(options.dataset, key) for key in ("root", "layout", "skip_missing")}
 
 
 def check_output(output_dir: str, inputs: dict[str, Any]) -> None:

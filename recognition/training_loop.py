@@ -27,6 +27,7 @@ from recognition.datasets import IdentityDataset, StepBatches, load_batches
 from recognition.heads import CosineHead
 from recognition.lr_schedules import LRSchedule, check_validated
 from recognition.partial_fc import Classified, PartialFC
+from recognition.provenance import training_provenance
 from recognition.training_outputs import Validate, finished_metrics, leave_files, report_epoch, validate_epoch
 from recognition.training_settings import TrainingSettings
 from recognition.training_state import (
@@ -101,6 +102,8 @@ def train(
     steps_per_epoch = cfg.steps_of_epoch(len(dataset))
     last_step = cfg.epochs * steps_per_epoch
     batches = partial(_batches, dataset, cfg)
+    counts = {"identities": len(identities), "images": len(dataset), "images_per_step": global_batch}
+    provenance = partial(training_provenance, head, **counts)
     batches(0, last_step)  # a batch that cannot be is told before work
 
     # Backbone, classifier, optimiser, loss scaling
@@ -127,7 +130,9 @@ def train(
         if progress.step >= last_step or lr_schedule.stops:
             metrics = finished_metrics(progress, output_dir)
             if metrics is None:
-                return leave_files(progress, backbone, head, dataset, global_batch, output_dir)
+                return leave_files(
+                    progress, backbone, dataset, global_batch, output_dir, provenance(steps=progress.step)
+                )
             log.info("this run is finished (%d steps); its files are in %s", progress.step, output_dir)
             return metrics
         log.info("going on from step %d", progress.step)
@@ -207,7 +212,9 @@ def train(
                 epoch_tally.clear()
                 entry = {"epoch": epoch, "loss": mean_loss, "accuracy": accuracy, "lr": lr}
                 if validate is not None and (epoch % cfg.epochs_between_validation == 0 or last):
-                    entry["validation"] = validate_epoch(validate, backbone, epoch, progress, lr_schedule, output_dir)
+                    entry["validation"] = validate_epoch(
+                        *(validate, backbone, epoch, progress, lr_schedule, output_dir, provenance(steps=done))
+                    )
                     tick, images_seen = time.perf_counter(), 0
                 progress.history.append(entry)
                 report_epoch(entry, scalars, done)
@@ -239,7 +246,7 @@ def train(
                 break
     bar.close()
     scalars.close()
-    return leave_files(progress, backbone, head, dataset, global_batch, output_dir)
+    return leave_files(progress, backbone, dataset, global_batch, output_dir, provenance(steps=progress.step))
 
 
 def _batches(dataset: IdentityDataset, cfg: TrainingSettings, first_step: int, last_step: int) -> StepBatches:

@@ -12,9 +12,7 @@ from torch import nn
 
 from recognition.backbones import num_parameters, save_backbone
 from recognition.datasets import IdentityDataset
-from recognition.heads import CosineHead
 from recognition.lr_schedules import LRSchedule
-from recognition.provenance import training_provenance
 from recognition.training_state import Progress
 from utils import distributed
 from utils.checkpoint import write_json
@@ -31,7 +29,13 @@ Validate = Callable[[nn.Module], dict[str, float]]
 
 
 def validate_epoch(
-    validate: Validate, backbone: nn.Module, epoch: int, progress: Progress, lr_schedule: LRSchedule, output_dir: Path
+    validate: Validate,
+    backbone: nn.Module,
+    epoch: int,
+    progress: Progress,
+    lr_schedule: LRSchedule,
+    output_dir: Path,
+    provenance: dict[str, Any],
 ) -> dict[str, float]:
     """The accuracies that `validate` finds after `epoch` epochs, those of rank 0 on every process.
 
@@ -45,7 +49,8 @@ def validate_epoch(
     if progress.best is None or mean > progress.best["mean"]:
         progress.best = {"epoch": epoch, "mean": mean}
         if distributed.is_main():
-            write_or_warn("the best backbone", partial(save_backbone, backbone, output_dir / BEST_FILE, "RGB"))
+            best = partial(save_backbone, backbone, output_dir / BEST_FILE, "RGB", provenance=provenance)
+            write_or_warn("the best backbone", best)
     return results
 
 
@@ -77,10 +82,10 @@ def finished_metrics(progress: Progress, output_dir: Path) -> dict[str, Any] | N
 def leave_files(
     progress: Progress,
     backbone: nn.Module,
-    head: CosineHead,
     dataset: IdentityDataset,
     images_per_step: int,
     output_dir: Path,
+    provenance: dict[str, Any],
 ) -> dict[str, Any]:
     """Write `backbone.safetensors` and `metrics.json` at the end of a run; the metrics."""
     metrics = {
@@ -97,13 +102,6 @@ def leave_files(
         "history": progress.history,
     }
     if distributed.is_main():
-        provenance = training_provenance(
-            head,
-            identities=metrics["identities"],
-            images=len(dataset),
-            images_per_step=images_per_step,
-            steps=progress.step,
-        )
         save_backbone(backbone, output_dir / BACKBONE_FILE, "RGB", provenance=provenance)
         write_json(output_dir / METRICS_FILE, metrics)
         log.info("wrote %s", output_dir / BACKBONE_FILE)

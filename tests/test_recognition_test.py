@@ -243,7 +243,8 @@ def test_results_are_not_overwritten_by_others(world: Path, tmp_path: Path) -> N
     script.check_output(str(tmp_path), script.inputs_of(settings))
     settings.rfw_dir = "rfw"  # one more set
     script.check_output(str(tmp_path), script.inputs_of(settings))
-    for key, value in (("bin_file", "other.bin"), ("checkpoint", None), ("flip", False)):
+    fewer = ("dataset.skip_missing", True)
+    for key, value in (("bin_file", "other.bin"), ("checkpoint", None), ("flip", False), fewer):
         changed = {**script.inputs_of(settings), key: value}
         with pytest.raises(UserError, match=rf"{key}: .*holds the results of"):
             script.check_output(str(tmp_path), changed)

@@ -451,7 +451,8 @@ def test_validation_is_reported_and_the_best_epoch_kept(people: Path, finished: 
     assert not scores.means
     assert [entry["validation"]["lfw"] for entry in metrics["history"]] == pytest.approx([0.7, 0.9, 0.8])
     assert metrics["best"] == {"epoch": 2, "mean": pytest.approx(0.8)}
-    best = load_safetensors(tmp_path / "backbone_best.safetensors")[0]
+    best, metadata = load_safetensors(tmp_path / "backbone_best.safetensors")
+    assert metadata["provenance"]["steps"] == 8  # of 12
     assert not all(torch.equal(best[n], t) for n, t in load_safetensors(tmp_path / "backbone.safetensors")[0].items())
     # Looking changes nothing
     expected = flat(last_state(finished))
