@@ -26,7 +26,7 @@ from diffusion.training_settings import TrainingSettings
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, read_content, strict_load
 from utils.config import UserError, differences
-from utils.curves import CURVES, plot_metrics
+from utils.curves import CURVES, Curves
 from utils.data.face_dataset import FaceDataset
 from utils.data.latents import cached_latents
 from utils.data.prefetch import prefetch
@@ -118,6 +118,7 @@ def train(
         batches = prefetch(batches)
     scalars = ScalarLogger(output_dir, cfg.wandb_project, config)
     metrics_file = MetricsFile(output_dir / "metrics.jsonl", first_step)
+    curves = Curves(metrics_file.path, output_dir)
     log.info(
         "%.1f M parameters, %d images, %d steps of %d x %d, %s on %s",
         sum(p.numel() for p in unet.parameters()) / 1e6,
@@ -212,7 +213,7 @@ def train(
                         "context_scale": scale,
                     }
                     save_or_warn(partial(folder.save, done, state), last=last or stops)
-                    write_or_warn("the curves", partial(plot_metrics, metrics_file.path, output_dir / CURVES))
+                    curves.update(last=last)
                 distributed.barrier()
             if stops and not last:
                 progress.close()

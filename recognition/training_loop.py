@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -42,7 +41,7 @@ from recognition.training_state import (
 from utils import distributed
 from utils.checkpoint import CheckpointFolder
 from utils.config import UserError
-from utils.curves import CURVES, plot_metrics
+from utils.curves import Curves
 from utils.distributed import seed_for
 from utils.guards import FiniteSteps, save_or_warn, write_or_warn
 from utils.images import to_float
@@ -114,9 +113,7 @@ def train(
     classifier = PartialFC(head, cfg.sample_rate, cfg.seed).to(device)
     optimizer = make_optimizer(parameter_groups([backbone, classifier], cfg.decay_batch_norm))
     rates = [group["lr"] for group in optimizer.param_groups]
-    # Shards of the classifier differ: all processes must find a gradient too large where one does
-    make_scaler = ShardedGradScaler if distributed.world_size() > 1 else torch.amp.GradScaler
-    scaler = make_scaler(device.type, enabled=cfg.precision == "fp16")
+    scaler = _loss_scaler(device, cfg.precision)
     trainee = Trainee(backbone, classifier, optimizer, scaler, lr_schedule)
 
     # The newest checkpoint of this folder
@@ -152,6 +149,7 @@ def train(
     statistics = RunningStatistics([backbone, head])
     scalars = ScalarLogger(output_dir, cfg.wandb_project, config)
     metrics_file = MetricsFile(output_dir / "metrics.jsonl", first_step)
+    curves = Curves(metrics_file.path, output_dir)
     log.info(
         "%d images of %d identities, steps %d..%d of %d images, %d steps an epoch, %s on %s",
         *(len(dataset), len(identities), first_step, last_step, global_batch, steps_per_epoch, cfg.precision, device),
@@ -236,7 +234,7 @@ def train(
                 progress.seconds = seconds_before + time.perf_counter() - start
                 _save(folder, checkpoint_state(trainee, progress, **run), last=ends or stops)
                 if distributed.is_main():
-                    write_or_warn("the curves", partial(plot_metrics, metrics_file.path, output_dir / CURVES))
+                    curves.update(last=ends)
                 distributed.barrier()
             if stops and not ends:
                 bar.close()
@@ -247,6 +245,16 @@ def train(
     bar.close()
     scalars.close()
     return leave_files(progress, backbone, dataset, global_batch, output_dir, provenance(steps=progress.step))
+
+
+def _loss_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """Of the loss; it does nothing but in fp16."""
+    if precision != "fp16" or distributed.world_size() == 1:
+        return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    # Shards of the classifier differ: all processes must find a gradient too large where one does
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler  # here: all of FSDP comes with it
+
+    return ShardedGradScaler(device.type)
 
 
 def _batches(dataset: IdentityDataset, cfg: TrainingSettings, first_step: int, last_step: int) -> StepBatches:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.test_training import overrides, run, weights  # noqa: F401 (a fixture)
-from utils import guards
+from utils import curves, guards
 from utils.checkpoint import CheckpointFolder, save_torch
 from utils.config import UserError
 from utils.curves import plot_metrics
@@ -251,3 +251,15 @@ def test_curves_survive_gaps(tmp_path):
     (tmp_path / "m.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     plot_metrics(tmp_path / "m.jsonl", tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_curves_are_drawn_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
+    seconds = [0.0]
+    drawn = []
+    monkeypatch.setattr(curves.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(curves, "plot_metrics", lambda *args: drawn.append(seconds[0]))
+    picture = curves.Curves(tmp_path / "m.jsonl", tmp_path)
+    for now in (1, 59, 60, 61, 119, 121, 122):
+        seconds[0] = now
+        picture.update(last=now == 122)
+    assert drawn == [60, 121, 122]

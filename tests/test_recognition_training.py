@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recognition import heads, training_loop
+from recognition import heads
 from recognition.augment import Augmentation
 from recognition.backbones import build_backbone
 from recognition.datasets import IdentityDataset, read_training_set
@@ -25,7 +25,7 @@ from recognition.training_settings import TrainingSettings
 from recognition.training_state import parameter_groups
 from tests.processes import together
 from tests.test_recognition import people  # noqa: F401 (a fixture)
-from utils import distributed
+from utils import curves, distributed
 from utils.checkpoint import CheckpointFolder, load_safetensors, load_torch
 from utils.config import UserError
 from utils.interruption import STATUS
@@ -60,7 +60,7 @@ class Small(NormFree):
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch) -> None:
     """They take longer than these runs; the run of `finished` draws them."""
-    monkeypatch.setattr(training_loop, "plot_metrics", lambda *args: None)
+    monkeypatch.setattr(curves, "plot_metrics", lambda *args: None)
 
 
 def run(

@@ -1,16 +1,33 @@
 """The curves of a run as one picture in its folder, so that a look is enough."""
 
 import json
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from utils.checkpoint import write_atomically
+from utils.guards import write_or_warn
 
 CURVES = "training.png"  # in the run folder
+SECONDS_BETWEEN = 60.0  # a drawing takes two, and the step waits
 COLUMNS = 2
 SMOOTHING = 0.03  # share of all points that the dark line averages over
+
+
+class Curves:
+    """The picture of a run that goes on: drawn anew at most every SECONDS_BETWEEN, and at the end."""
+
+    def __init__(self, metrics_file: str | Path, output_dir: str | Path):
+        self.metrics_file, self.picture = Path(metrics_file), Path(output_dir) / CURVES
+        self._drawn = time.monotonic()
+
+    def update(self, *, last: bool) -> None:
+        """Draw what `metrics_file` holds now, if it is time or the run ends; a full disk costs only the picture."""
+        if last or time.monotonic() - self._drawn >= SECONDS_BETWEEN:
+            write_or_warn("the curves", partial(plot_metrics, self.metrics_file, self.picture))
+            self._drawn = time.monotonic()
 
 
 def plot_metrics(metrics_file: str | Path, picture: str | Path) -> None:
@@ -25,6 +42,8 @@ def plot_metrics(metrics_file: str | Path, picture: str | Path) -> None:
     names = list(dict.fromkeys(name for line in lines for name in line if name != "step"))
     if len(lines) < 2 or not names:
         return
+    from matplotlib.figure import Figure  # here: it takes a tenth of the start of every training process
+
     rows = -(-len(names) // COLUMNS)
     figure = Figure(figsize=(5.2 * COLUMNS, 2.6 * rows), dpi=110, layout="constrained")
     for axes, name in zip(figure.subplots(rows, COLUMNS, squeeze=False).flat, names, strict=False):

@@ -37,7 +37,7 @@ from models.autoencoder.vqgan import DECODER_FILE, ENCODER_FILE, VQModel, save_a
 from utils import distributed
 from utils.checkpoint import CheckpointFolder, strict_load, write_json
 from utils.config import UserError, differences, existing_file
-from utils.curves import CURVES, plot_metrics
+from utils.curves import Curves
 from utils.data.step_sampler import StepSampler
 from utils.ema import EMA
 from utils.guards import FiniteSteps, save_or_warn, write_or_warn
@@ -131,6 +131,7 @@ def train(
     # Train
     scalars = ScalarLogger(output_dir, cfg.wandb_project, config)
     metrics_file = MetricsFile(output_dir / "metrics.jsonl", first_step)
+    curves = Curves(metrics_file.path, output_dir)
     log.info("%.2f M parameters, %s on %s", sum(p.numel() for p in model.parameters()) / 1e6, cfg.precision, device)
     window = _Window(model.n_embed, device)
     finite_steps = FiniteSteps(cfg.max_bad_steps, skipped)
@@ -244,7 +245,7 @@ def train(
                         "config": config,
                     }
                     save_or_warn(partial(folder.save, step, state), last=finished or stops)
-                    write_or_warn("the curves", partial(plot_metrics, metrics_file.path, output_dir / CURVES))
+                    curves.update(last=finished)
                 distributed.barrier()
             if stops and not finished:
                 progress.close()
