@@ -1,0 +1,1 @@
+"""What a generated data set is worth: metrics, curation, and a report."""
