@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 
 from recognition.dataset_check.findings import Outcome
 from recognition.dataset_check.mean_face import LUMA
@@ -61,6 +60,8 @@ def separability(vectors: np.ndarray, labels: np.ndarray, seed: int = 0) -> Sepa
 
     None where fewer than MIN_IDENTITIES have two images. Time and memory grow with n^2: n is a few thousand at most.
     """
+    from scipy.stats import rankdata  # here: it takes a second of the start of every process
+
     order = np.argsort(labels, kind="stable")
     vectors, labels = vectors[order], labels[order]
     identities, counts = np.unique(labels, return_counts=True)
