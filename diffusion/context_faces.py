@@ -22,7 +22,7 @@ def drawn_faces_source(
     for key, value in (("batch_size", cfg.batch_size), ("image_size", cfg.image_size)):
         if value is not None and value < 1:
             raise UserError(f"source.{key}: {value}; give at least 1")
-    check_precision(cfg.precision)
+    check_precision(cfg.precision, "source.precision")
     detection = None
     if cfg.align not in (None, False):
         if not isinstance(cfg.align, Mapping):

@@ -75,7 +75,7 @@ def check_settings(generator: FaceGenerator, sampler: Sampler, cfg: SamplingSett
     ):
         if value is not None and value < 1:
             raise UserError(f"sampling.{key}: {value}; give at least 1")
-    check_precision(cfg.precision)
+    check_precision(cfg.precision, "sampling.precision")
     check_perturbation(cfg.perturbation, generator.unet)
     check_compute_batch(cfg.compute_batch)
     check_layout(cfg.save_mode, cfg.image_format, cfg.image_quality, cfg.images_per_shard)

@@ -65,4 +65,4 @@ class TrainingSettings:
             raise UserError(f"training.gradient_clip: {self.gradient_clip}; it is above 0, or null")
         if not 0 <= self.context_permutation <= 1:
             raise UserError(f"training.context_permutation: {self.context_permutation}; it is a share from 0 to 1")
-        check_precision(self.precision)
+        check_precision(self.precision, "training.precision")

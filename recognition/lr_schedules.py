@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from utils.config import UserError
+from utils.logging import get_logger
+
+log = get_logger(__name__)
 
 
 @dataclass
@@ -34,6 +37,14 @@ class LRSchedule:
         rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
         rest = max(epochs * steps_per_epoch - warmup, 1.0)
         return rise * self.after_warmup(step // steps_per_epoch, min(1.0, max(0.0, step - warmup) / rest))
+
+    def check_epochs(self, epochs: int) -> None:
+        """UserError for a warm-up that a run of `epochs` epochs does not end; a warning for what it does not reach."""
+        if self.warmup_epochs > epochs:
+            raise UserError(
+                f"training.lr_schedule.warmup_epochs: {self.warmup_epochs:g}, but training.epochs is {epochs}: "
+                "the rate would never be reached"
+            )
 
     def after_warmup(self, epoch: int, share: float) -> float:
         """The factor in 0-based `epoch`, of which `share` in [0, 1] of the steps after the warm-up are done."""
@@ -66,6 +77,15 @@ class Step(LRSchedule):
             "rising epochs from 0 on are wanted",
         )
         check(self, "factor", lambda factor: factor > 0, "it is above 0")
+
+    def check_epochs(self, epochs: int) -> None:
+        super().check_epochs(epochs)
+        late = [str(milestone) for milestone in self.milestones if milestone >= epochs]
+        if late:
+            log.warning(
+                "training.lr_schedule.milestones: %s not reached, training.epochs is %d (the first epoch is 0)",
+                *(", ".join(late), epochs),
+            )
 
     def after_warmup(self, epoch: int, share: float) -> float:
         return self.factor ** sum(epoch >= milestone for milestone in self.milestones)

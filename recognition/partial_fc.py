@@ -34,7 +34,7 @@ class Classified:
     """What the classifier says of the global batch; the same on every process."""
 
     loss: Tensor  # (): mean cross-entropy, with gradient
-    hits: Tensor  # (B,) bool: the own class is the nearest of those in use, without margin
+    hits: Tensor  # (B,) bool: the own class is nearer than all others in use, without margin
     cosines: Tensor  # (B,) to the own class, without gradient
     norms: Tensor  # (B,) of the embeddings, without gradient
     embeddings: Tensor  # (B, D), without gradient
@@ -92,7 +92,8 @@ class PartialFC(nn.Module):
         # Cosines to the own class, which one process has: everybody knows the values, that one has the gradient
         local = cosines.gather(1, places).squeeze(1)  # (B,)
         own = torch.where(mine, local, _all_reduce(torch.where(mine, local, 0.0).detach()))  # (B,)
-        nearest = _all_reduce(cosines.detach().amax(dim=1), dist.ReduceOp.MAX)  # (B,)
+        # Classes as near as the own one, itself included: the cosines of a collapsed network are equal and hit nothing
+        as_near = _all_reduce((cosines.detach() >= own.detach()[:, None]).sum(dim=1))  # (B,)
         if observe:
             self.head.observe(own.detach(), norms)
         target = self.head.target_logit(own, norms, generator)  # (B,)
@@ -100,7 +101,7 @@ class PartialFC(nn.Module):
         # At the own class the target; where that is elsewhere, column 0 stays what it is
         logits = others.scatter(1, places, torch.where(mine[:, None], target[:, None], others.gather(1, places)))
         loss = _CrossEntropy.apply(self.head.scale * logits, columns)
-        return Classified(loss, own.detach() >= nearest, own.detach(), norms, embeddings.detach())
+        return Classified(loss, as_near == 1, own.detach(), norms, embeddings.detach())
 
     def _columns(self, labels: Tensor) -> Tensor:
         """The columns (B,) of this process's logits that belong to `labels` (B,); -1 for classes that are elsewhere."""

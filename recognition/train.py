@@ -41,6 +41,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     check_wandb(loop.wandb_project)
     make_optimizer, lr_schedule = (instantiate(cfg.training[name], f"training.{name}") for name in GROUPS)
     check_optimizer(make_optimizer)
+    lr_schedule.check_epochs(loop.epochs)
     data = settings(cfg.dataset, DatasetSettings, "dataset")
     augment = settings(cfg.augment, Augmentation, "augment")
     check = settings(cfg.check, TrainingCheckSettings, "check")

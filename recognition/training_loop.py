@@ -9,7 +9,6 @@ Legend: B images of one process, S side in pixels, D width of the embedding.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -194,7 +193,7 @@ def train(
                 loss, accuracy = logging_tally.means()
                 speed = images_seen / (time.perf_counter() - tick)
                 values = {"lr": lr, "images_per_second": speed, "skipped_steps": float(finite_steps.skipped)}
-                if not math.isnan(loss):
+                if loss is not None:
                     values |= {"loss": loss, "accuracy": accuracy}
                     bar.set_postfix(loss=f"{loss:.3f}", img_s=f"{speed:.0f}", refresh=False)
                 if watch is not None:

@@ -57,10 +57,13 @@ def validate_epoch(
 def report_epoch(entry: dict[str, Any], scalars: ScalarLogger, step: int) -> None:
     """An epoch's numbers, an entry of the history, to the log and to TensorBoard."""
     validation = entry.get("validation", {})
-    values = {f"epoch/{name}": entry[name] for name in ("loss", "accuracy")}
+    values = {f"epoch/{name}": entry[name] for name in ("loss", "accuracy") if entry[name] is not None}
     values |= {f"validation/{name}": value for name, value in validation.items()}
     write_or_warn("the log", partial(scalars.scalars, values, step))
     found = "".join(f", {name} {100 * value:.2f} %" for name, value in validation.items())
+    if entry["loss"] is None:
+        log.warning("epoch %d: every step was skipped, lr %g%s", entry["epoch"], entry["lr"], found)
+        return
     log.info(
         "epoch %d: loss %.4f, training accuracy %.4f, lr %g%s",
         *(entry["epoch"], entry["loss"], entry["accuracy"], entry["lr"], found),

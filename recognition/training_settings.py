@@ -62,7 +62,7 @@ class TrainingSettings:
             )
         if self.sync_batch_norm and distributed.device(self.device).type != "cuda":
             raise UserError("training.sync_batch_norm: true, but torch synchronises batch norms on GPUs only")
-        check_precision(self.precision)
+        check_precision(self.precision, "training.precision")
 
     @property
     def images_per_step(self) -> int:

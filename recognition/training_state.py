@@ -78,10 +78,10 @@ class Tally:
         """The three sums; see `__init__`."""
         return self._sums.tolist()
 
-    def means(self) -> tuple[float, float]:
-        """Loss and accuracy; nan where no step was counted."""
+    def means(self) -> tuple[float, float] | tuple[None, None]:
+        """Loss and accuracy; None where no step was counted."""
         loss, hits, images = self.tolist()
-        return (loss / images, hits / images) if images else (float("nan"), float("nan"))
+        return (loss / images, hits / images) if images else (None, None)
 
     def clear(self) -> None:
         """Begin anew."""

@@ -108,7 +108,7 @@ def launch(monkeypatch, capsys):
         (["training.checkpoint.keep=0"], "training.checkpoint.keep: 0; it is at least 1"),
         (["training.context_permutation=2"], "training.context_permutation: 2.0; it is a share from 0 to 1"),
         (["+colour=red"], "colour: unknown key"),
-        (["training.precision=fp8"], "precision: 'fp8' is not one of fp32, bf16, fp16"),
+        (["training.precision=fp8"], "training.precision: 'fp8' is not one of fp32, bf16, fp16"),
         (["dataset.samples_root=/"], "VQEncoder: not set"),
     ],
 )

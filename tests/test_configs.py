@@ -104,10 +104,11 @@ def test_rates_of_recognition(compose, name):
 def test_the_small_recogniser_takes_other_groups_as_they_are(compose):
     def chosen(*overrides):
         cfg = compose("recognition_train_config", *overrides)
-        return cfg.augment, cfg.training.lr_schedule
+        return cfg.augment, cfg.head, cfg.training.lr_schedule
 
-    for augment, schedule in zip(group("augment"), group("lr_schedule") * 2, strict=False):
-        groups = [f"augment={augment}", f"lr_schedule@training.lr_schedule={schedule}"]
+    schedules = group("lr_schedule") * 3
+    for augment, head, schedule in zip(group("augment") * 2, group("head"), schedules, strict=False):
+        groups = [f"augment={augment}", f"head={head}", f"lr_schedule@training.lr_schedule={schedule}"]
         alone = chosen(*groups, "training.lr_schedule.warmup_epochs=1")
         assert chosen("experiment=recognition_cpu", *groups) == alone
 

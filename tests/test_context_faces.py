@@ -293,7 +293,7 @@ def test_a_false_match_rate_is_kept_and_faces_serve_id_augment(run, tmp_path):
         ("sampler.num_steps=0", "num_steps: 0"),
         ("source.batch_size=0", "source.batch_size: 0"),
         ("source.image_size=0", "source.image_size: 0"),
-        ("source.precision=fp8", "precision: 'fp8'"),
+        ("source.precision=fp8", "source.precision: 'fp8'"),
         ("source.align=true", "source.align: True; null, or a section"),
         ("source.align={{max_faces:0}}", "source.align.max_faces: 0; give 1 or more"),
         ("source.align={{min_probability:2}}", "source.align.min_probability: 2.0; give 0 to 1"),

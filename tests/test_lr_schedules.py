@@ -17,6 +17,16 @@ def test_step() -> None:
     assert rates(Step(warmup_epochs=2), (0, 4, 9, 10), steps_per_epoch=5) == [0.1, 0.5, 1, 1]
 
 
+def test_epochs_that_the_schedule_does_not_fit(caplog) -> None:
+    Step(milestones=[22, 28, 32], warmup_epochs=1).check_epochs(33)
+    assert not caplog.records
+    Step(milestones=[22, 28, 32]).check_epochs(28)
+    assert "milestones: 28, 32 not reached, training.epochs is 28" in caplog.text
+    for schedule in (Step(warmup_epochs=5), Cosine(warmup_epochs=5)):
+        with pytest.raises(UserError, match=r"warmup_epochs: 5, but training.epochs is 4"):
+            schedule.check_epochs(4)
+
+
 def test_cosine() -> None:
     assert rates(Cosine(), (0, 100, 200, 300, 400)) == [1, 0.85355339, 0.5, 0.14644661, 0]
     assert rates(Cosine(final_share=0.2, warmup_epochs=20), (0, 199, 200, 300, 400)) == [0.005, 1, 1, 0.6, 0.2]

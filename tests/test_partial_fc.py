@@ -94,6 +94,15 @@ def expected(name: str) -> dict[str, Tensor | float]:
     }
 
 
+def test_a_collapsed_network_hits_nothing() -> None:
+    """All cosines are equal then, to the own class too."""
+    classifier = PartialFC(build(next(iter(HEADS))))
+    with torch.no_grad():
+        classifier.head.weight.copy_(torch.ones_like(classifier.head.weight))
+    embeddings, labels = batch()
+    assert not classifier(torch.ones_like(embeddings), labels, margins()).hits.any()
+
+
 def same(parts: list[dict], reference: dict) -> None:
     """Results of all processes are those of one: common ones on each, gradients one part after the other."""
     for name in ("loss", "cosines", "norms", "gradient_norm"):

@@ -328,6 +328,14 @@ def test_steps_without_a_finite_gradient_are_skipped(monkeypatch, people, tmp_pa
     assert all(torch.isfinite(tensor).all() for tensor in flat(last_state(tmp_path)).values())
 
 
+def test_an_epoch_without_a_step_has_no_loss(monkeypatch, people, tmp_path: Path, caplog) -> None:  # noqa: F811
+    whole = run(people, tmp_path / "whole", build=Poisoned, epochs=2)
+    monkeypatch.setattr(Poisoned, "steps", range(whole["steps"] // 2))
+    metrics = run(people, tmp_path / "run", build=Poisoned, epochs=2)
+    assert [entry["loss"] is None for entry in metrics["history"]] == [True, False]
+    assert "epoch 1: every step was skipped" in caplog.text
+
+
 class PoisonedShard(heads.CosFace):
     """In the tenth step the gradient of the second process's class centres overflows, and nothing else does."""
 
@@ -402,7 +410,7 @@ def test_batch_norms_are_spared_unless_asked() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"precision": "fp8"}, r"precision: 'fp8' is not one of fp32, bf16, fp16"),
+        ({"precision": "fp8"}, r"training.precision: 'fp8' is not one of fp32, bf16, fp16"),
         ({"epochs": 0}, r"training\.epochs: 0"),
         ({"sample_rate": 0.0}, r"training\.sample_rate: 0\.0"),
         ({"gradient_clip": -1.0}, r"training\.gradient_clip: -1"),

@@ -361,7 +361,7 @@ def test_pixel_space_needs_no_decoder(files, tmp_path):
         ("sampling.batch_size=0", "sampling.batch_size: 0; give at least 1"),
         ("sampling.batchsize=1", "did you mean sampling.batch_size?"),
         ("sampling.save_mode=zip", "sampling.save_mode: 'zip' is not one of folders, blocks, shards"),
-        ("sampling.precision=fp8", "precision: 'fp8' is not one of"),
+        ("sampling.precision=fp8", "sampling.precision: 'fp8' is not one of"),
         ("sampling.sample_config.MSE_th=x", "sampler.threshold: 'x'; give a number"),
         ("sampling.calibration.target_t=300", "sampling.calibration.target_t: 300"),
         ("sampler=three_stage", "two_stage"),

@@ -313,7 +313,7 @@ def test_two_processes_equal_one_with_twice_the_batch(run, run_script, face_fold
         ("dataset.validation_share=1.0", "dataset.validation_share: 1.0; it must be"),
         ("dataset.image_size=18", "dataset.image_size: 18 is not a multiple of 4"),
         ("autoencoder.ddconfig.ch=18", "autoencoder.ddconfig.norm_groups: 18 channels"),
-        ("training.precision=fp8", "precision: 'fp8' is not one of fp32, bf16, fp16"),
+        ("training.precision=fp8", "training.precision: 'fp8' is not one of fp32, bf16, fp16"),
         ("training.lr_schedule=linear", "training.lr_schedule: 'linear' is not one of cosine, constant"),
         ("training.batch_size=0", "training.batch_size: 0; it must be at least 1"),
         ("training.quantization_start=6", "training.quantization_start: 6 is not below training.steps"),

@@ -214,7 +214,7 @@ def test_bad_input(compose, overrides, tmp_path):
                 f"dataset.samples_root={tmp_path / 'faces' / 'id0'}",
             )
         )
-    with pytest.raises(UserError, match="precision: 'fp8' is not one of fp32, bf16, fp16"):
+    with pytest.raises(UserError, match=r"training.precision: 'fp8' is not one of fp32, bf16, fp16"):
         run(compose("train_config", *overrides, f"output_dir={tmp_path}", "training.precision=fp8"))
     with pytest.raises(UserError, match="no such checkpoint"):
         run(compose("train_config", *overrides, f"output_dir={tmp_path}", "training.checkpoint.path=/nowhere.ckpt"))

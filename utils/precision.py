@@ -11,10 +11,10 @@ log = get_logger(__name__)
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_precision(name: str) -> str:
-    """`name` itself; UserError when it is none of fp32, bf16 and fp16."""
+def check_precision(name: str, key: str = "precision") -> str:
+    """`name` itself; UserError, of the setting `key`, when it is none of fp32, bf16 and fp16."""
     if name not in DTYPES:
-        raise UserError(f"precision: {name!r} is not one of {', '.join(DTYPES)}")
+        raise UserError(f"{key}: {name!r} is not one of {', '.join(DTYPES)}")
     return name
 
 

@@ -46,7 +46,7 @@ class TrainingSettings:
 
 def check_settings(cfg: TrainingSettings, dataset: DatasetSettings, autoencoder: dict[str, Any]) -> None:
     """Settings that cannot work, before anything is built."""
-    check_precision(cfg.precision)
+    check_precision(cfg.precision, "training.precision")
     if cfg.lr_schedule not in ("cosine", "constant"):
         raise UserError(f"training.lr_schedule: {cfg.lr_schedule!r} is not one of cosine, constant")
     intervals = ("steps_between_logging", "steps_between_previews", "steps_between_checkpoints")
