@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from zipfile import BadZipFile
 
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -98,7 +99,17 @@ def read_results(folder: str | None) -> Sequence[SetResult]:
         raise UserError(f"evaluation.dir: no {FACTS} in {path}; give the output_dir of evaluate.py")
     for one in folders:
         existing_file(one / TABLES, "evaluation.dir", "evaluate the set again")
-    return [SetResult.load(one) for one in folders]
+    return [_read_result(one) for one in folders]
+
+
+def _read_result(folder: Path) -> SetResult:
+    try:
+        return SetResult.load(folder)
+    except (ValueError, KeyError, TypeError, BadZipFile) as error:
+        raise UserError(
+            f"evaluation.dir: {folder} holds no result that this version reads ({type(error).__name__}); evaluate the "
+            "set again"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ METHOD_FIGURES = {
     "comparison": MethodFigure(
         "One stage, fixed and adaptive partition",
         "One identity from the same noise in each row: sampling in one stage (s: guidance scale), in two stages parted "
-        "at a fixed t_0, and in two stages parted where the image's own attention map has settled: at the timestep beside the row.",
+        "at a fixed t_0, and in two stages parted where the image's own attention map has settled: at the timestep "
+        "beside the row.",
         lambda method: grid_figure(method_arrays.comparison(method)),
     ),
     "guidance": MethodFigure(
@@ -109,14 +110,14 @@ SET_FIGURES = {
         "ROC",
         "Genuine pairs accepted over impostor pairs accepted, among the images of each set.",
         lambda results, _: roc_figure(result_plots.roc_curves(results)),
-        lambda result: "a ROC" if result.roc is None else None,
+        lambda result: "ROC" if result.roc is None else None,
         is_joint=True,
     ),
     "nearest_training": SetFigure(
         "Nearest training faces",
         "The generated faces most like a training face, and that face, with the cosine of their embeddings.",
         lambda results, shown: result_plots.nearest_figure(result_plots.nearest_pairs(results[0], shown.n_pairs)),
-        lambda result: None if result.nearest_training_images else "nearest training images (evaluate with a real set)",
+        lambda result: None if result.nearest_training_images else "nearest training images; give it a real set",
     ),
     "strips": SetFigure(
         "Best and worst identities",

@@ -32,7 +32,8 @@ def roc_figure(curves: Curves) -> Figure:
             for name in (name for name in panel if name in sets):
                 curve = sets[name]
                 label = model if len(panel) == 1 else name
-                axes.step(curve["far"], curve["tar"], where="post", label=f"{label} ({curve['label']})")
+                label += f" ({curve['label']})" if curve["label"] else ""
+                axes.step(curve["far"], curve["tar"], where="post", label=label)
                 lowest = min([lowest, *(far for far in curve["far"] if far > 0)])
         title = panel[0] if len(panel) == 1 else next(iter(curves))
         axes.set(xscale="log", xlim=(min(lowest, 0.5), 1), ylim=(0, 1), title=title)
