@@ -373,7 +373,8 @@ def test_roc_of_two_sets(result):
 def test_all_figures_appear(files, result, tmp_path):
     for name in ("two_stage", "one_stage"):
         dataclasses.replace(result, name=name).save(tmp_path / "evaluation" / name)
-    few = ("figures.n_timesteps=2", "figures.n_rows=1", "evaluation.n_identities=1", "evaluation.n_images=2")
+    few = [f"figures.{name}" for name in ("n_timesteps=2", "n_rows=1", "n_curves=2", "fixed_t0=[600]")]
+    few += ["figures.guidance_scales=[1]", "evaluation.n_identities=1", "evaluation.n_images=2"]
     written = run(files, tmp_path / "out", f"evaluation.dir={tmp_path / 'evaluation'}", "sampling.image_size=24", *few)
     names = [name for name in SET_FIGURES if name != "roc"]
     expected = {*METHOD_FIGURES, "roc", *(f"{name}_{one}" for name in names for one in ("two_stage", "one_stage"))}
