@@ -8,13 +8,13 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from diffusion.generator import CheckpointChoice, load_generator
-from diffusion.identities import load_identities
+from diffusion.generator import CheckpointChoice
 from diffusion.sampling_run import draw_data_set
-from diffusion.sampling_settings import SamplingSettings, check_settings
-from utils.config import UserError, check_keys, entry_point, existing_file, instantiate, settings
+from diffusion.sampling_settings import SamplingSettings
+from diffusion.sampling_setup import set_up
+from utils.config import check_keys, entry_point, existing_file, settings
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -37,7 +37,6 @@ KEYS = (
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Rebuild the generator, read the contexts, draw; return counts and times."""
     check_keys(cfg, KEYS, "")
-    _check_sample_config(cfg)
     sampling = settings(cfg.sampling, SamplingSettings, "sampling")
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         sampling.save_dir = cfg.output_dir  # each job of a sweep has its own
@@ -45,16 +44,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     if cfg.VQEncoder_path is not None:
         existing_file(cfg.VQEncoder_path, "VQEncoder_path")
         log.info("VQEncoder_path: not needed for drawing")
-    generator = load_generator(
-        choice,
-        cfg.VQDecoder_path,
-        model_cfg_path=cfg.model_cfg_path,
-        diffusion_cfg_path=cfg.diffusion_cfg_path,
-        latent_diffusion=cfg.latent_diffusion,
-        latent_shape=cfg.latent_shape,
-    )
-    identities = load_identities(generator.unet, sampling.contexts_file, sampling.n_contexts, sampling.seed)
-    sampler = check_settings(generator, instantiate(cfg.sampler, "sampler"), sampling)
+    generator, identities, sampler = set_up(cfg, sampling)
     source = {
         "checkpoint.path": _name(choice.path),  # names alone: the data set may be published
         "step": generator.step,
@@ -67,16 +57,6 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 
 def _name(path: str | None) -> str | None:
     return None if path is None else Path(path).name
-
-
-def _check_sample_config(cfg: DictConfig) -> None:
-    """Every key of sampling.sample_config must be one that the chosen sampler reads."""
-    read = str(OmegaConf.to_container(cfg.sampler, resolve=False))
-    for name in cfg.sampling.sample_config:
-        if f"sampling.sample_config.{name}}}" not in read:
-            raise UserError(
-                f"sampling.sample_config.{name}: the chosen sampler ({cfg.sampler._target_}) does not read it"
-            )
 
 
 if __name__ == "__main__":

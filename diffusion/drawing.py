@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.engine import Engine, Start, Trajectory
+from diffusion.engine import Engine, Observer, Start, Trajectory
 from diffusion.generator import FaceGenerator
 from diffusion.samplers import Sampler, TwoStage
 from utils.config import UserError
@@ -69,9 +69,10 @@ class FaceDrawer:
         settings: DrawingSettings,
         *,
         image_size: int | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """The generator stays on its device; bf16 and fp16 cast its weights for good. image_size: side of the images in
-        pixels; None: as decoded."""
+        pixels; None: as decoded. observer: see `Engine`."""
         rule, solver = sampler.parts(generator.schedule)
         self.generator, self.settings, self.image_size = generator, settings, image_size
         self.has_stages = isinstance(sampler, TwoStage)
@@ -85,6 +86,7 @@ class FaceDrawer:
             max_samples=settings.max_samples,
             precision=settings.precision,
             compile=settings.compile,
+            observer=observer,
         )
         dtype = DTYPES[settings.precision]
         if dtype is not None and generator.first_stage.decoder is not None:
@@ -113,6 +115,15 @@ class FaceDrawer:
         """The same without the decoder: x_t of each is its x_0 (C, h, w)."""
         return self.engine.run(self._start(job) for job in jobs)
 
+    def decode(self, x_0: Tensor) -> np.ndarray:
+        """Images of x_0 (n, C, h, w), n >= 1, wherever on its way it was predicted: uint8 (n, H, W, 3), decoded as
+        those of `draw` are, to the last bit.
+
+        Raises FloatingPointError for values that are not finite.
+        """
+        chunks = [self.engine.lanes.submit(self._images, chunk) for chunk in x_0.split(self.decoder_batch)]
+        return np.concatenate([chunk.result() for chunk in chunks])
+
     def _start(self, job: Job) -> Start:
         """Noise is drawn on the CPU, so that all devices start from the same."""
         noise = torch.Generator().manual_seed(job.seed)
@@ -125,21 +136,24 @@ class FaceDrawer:
         context = context.to(self.device)
         return context * self.generator.context_scale if context.is_floating_point() else context
 
-    @torch.no_grad()
     def _decode(self, ended: list[Trajectory]) -> list[Drawn]:
-        padding = self.decoder_batch - len(ended)
-        x_0 = torch.stack([trajectory.x_t for trajectory in ended + ended[:1] * padding])  # (b, C, h, w)
+        images = self._images(torch.stack([trajectory.x_t for trajectory in ended]))
+        return [self._drawn(trajectory, image) for trajectory, image in zip(ended, images, strict=True)]
+
+    @torch.no_grad()
+    def _images(self, x_0: Tensor) -> np.ndarray:
+        """At most `decoder_batch` x_0 (n, C, h, w), filled up to so many => uint8 (n, H, W, 3)."""
         if not torch.isfinite(x_0).all():
             raise FloatingPointError(
                 f"the model draws values that are not finite in {self.settings.precision}; try bf16 or fp32"
             )
+        padding = x_0[:1].expand(self.decoder_batch - len(x_0), *x_0.shape[1:])
         with autocast(self.device, self.settings.precision):
-            images = to_uint8(self.generator.first_stage.decode(x_0).float())  # => uint8 (b, H, W, 3)
+            decoded = self.generator.first_stage.decode(torch.cat([x_0, padding]))
+        images = to_uint8(decoded.float())[: len(x_0)]
         if self.image_size is not None:
             images = resize(images, self.image_size, antialias=False)  # as the published presets go from 128 to 112
-        return iter(
-            [self._drawn(trajectory, image) for trajectory, image in zip(ended, images[: len(ended)], strict=True)]
-        )
+        return images
 
     def _drawn(self, trajectory: Trajectory, image: np.ndarray) -> Drawn:
         told: dict[str, Any] = {}

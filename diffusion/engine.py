@@ -34,6 +34,21 @@ Callback = Callable[[int, int, Tensor, Tensor], None]  # (step number, t, x_t, x
 MAX_ROWS_OF_A_SAMPLE = 3
 
 
+@dataclass(frozen=True)
+class Observation:
+    """One step of one sample before its update. Its tensors are views of those of the pass: clone what is kept."""
+
+    key: Any  # of the sample's Start
+    step: int
+    t: int
+    x_t: Tensor  # (C, H, W)
+    x_0: Tensor  # (C, H, W), as predicted at t, guided
+    h: Tensor | None  # (S, S) of the row that made it; None: the rule looks at no map
+
+
+Observer = Callable[[Observation], None]
+
+
 @dataclass
 class Start:
     """One sample to draw."""
@@ -98,6 +113,7 @@ class Engine:
         precision: str | None = None,
         compile: bool = False,
         callback: Callback | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """The network must be in evaluation mode.
 
@@ -106,7 +122,8 @@ class Engine:
         max_samples: under way at a time; None: all (with a compute_batch: all that its rows can take).
         precision: None leaves autocast to the caller; bf16 and fp16 cast the weights of `unet` for good, once.
         compile: with torch.compile, for long runs; needs a compute_batch. callback: sees every pass; for samples that
-        all stand at the same step, so without a compute_batch only.
+        all stand at the same step, so without a compute_batch only. observer: sees every step of every sample, in the
+        thread that computes it; of one sample in order.
         """
         if compile and compute_batch is None:
             raise ValueError("compile: needs a fixed compute_batch")
@@ -116,7 +133,7 @@ class Engine:
             raise ValueError(f"compute_batch: {compute_batch}; give at least {MAX_ROWS_OF_A_SAMPLE}")
         self.unet, self.rule, self.solver = unet, rule, solver
         self.compute_batch, self.max_samples, self.precision = compute_batch, max_samples, precision
-        self.callback = callback
+        self.callback, self.observer = callback, observer
         self.counts = Counts()
         self.device = next(unet.parameters()).device
         self.lanes = None if compute_batch is None else Lanes(self.device, lanes)
@@ -228,6 +245,10 @@ class Engine:
             before = torch.stack([x_0[row] if s.x_0 is None else s.x_0 for row, s in enumerate(samples)])
         if self.callback is not None:
             self.callback(steps[0], timesteps[0], x_t, x_0)
+        if self.observer is not None:
+            for row, (sample, step, t) in enumerate(zip(samples, steps, timesteps, strict=True)):
+                h = None if h_rows is None else h_rows[main[row]]
+                self.observer(Observation(sample.start.key, step, t, x_t[row], x_0[row], h))
         noise = self._noise(samples, steps, x_t)
         x_next = solver.step(steps, x_t, x_0, before, torch.tensor(has_past, device=x_t.device), noise)
         for row, (sample, evaluation) in enumerate(zip(samples, work.evaluations, strict=True)):

@@ -80,7 +80,12 @@ def lower_bounds(contexts: np.ndarray, neighbours: np.ndarray, lower_bound: floa
 def perturb(context: np.ndarray, lower_bound: float, generator: np.random.Generator) -> tuple[np.ndarray, float]:
     """Turn a unit vector (D,) by a random angle a, in a random direction: the unit vector (D,) and a in radians."""
     cosine = generator.uniform(lower_bound, 1)
+    return turn(context, cosine, generator), float(np.arccos(cosine))
+
+
+def turn(context: np.ndarray, cosine: float, generator: np.random.Generator) -> np.ndarray:
+    """Turn a unit vector (D,) in a random direction until its cosine with itself is `cosine`: unit (D,)."""
     direction = generator.standard_normal(len(context))
     direction -= (direction @ context) * context
     direction /= np.linalg.norm(direction)
-    return cosine * context + np.sqrt(1 - cosine**2) * direction, float(np.arccos(cosine))
+    return cosine * context + np.sqrt(1 - cosine**2) * direction

@@ -66,7 +66,7 @@ class Computing:
 
 
 def measure(model: Model, sets: Sets, computing: Computing) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Report (see recognition.tables) and curves (see recognition.roc_plot) of one network, on every process."""
+    """Report (see recognition.tables) and curves (see utils.plotting.roc) of one network, on every process."""
     network = model.load().to(computing.device)
     sha256 = fingerprint(network)
     report: dict[str, Any] = {"name": model.name, **model.facts, "flip": model.flip, "sets": {}}

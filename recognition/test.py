@@ -28,7 +28,6 @@ from recognition.eigenfaces import EigenfaceSettings, fit_rows, read_faces
 from recognition.ijb import TemplateSettings
 from recognition.measurement import Computing, Model, Sets, measure
 from recognition.published import ROWS
-from recognition.roc_plot import plot_roc, write_curves
 from recognition.tables import RFW_SET, all_tables, latex, markdown, shows_published
 from utils import distributed
 from utils.checkpoint import write_json, write_text
@@ -37,8 +36,11 @@ from utils.data.formats.benchmarks import open_rfw
 from utils.data.formats.ijb import read_ijb
 from utils.distributed import seed_for
 from utils.embedders import onnx_embedder
+from utils.images import write_encoded
 from utils.logging import get_logger
 from utils.networks import open_network_file
+from utils.plotting.canvas import png
+from utils.plotting.roc import roc_figure
 from utils.precision import check_precision
 
 log = get_logger(__name__)
@@ -123,8 +125,9 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     if distributed.is_main():
         tables = all_tables(rows)
         own = {report["name"]: curves for report, curves in measured}
-        write_curves(own, output_dir / CURVES)
-        plot_roc({**own, **{name: c for _, curves in earlier for name, c in curves.items()}}, output_dir / "roc.png")
+        write_text(output_dir / CURVES, json.dumps(own) + "\n")  # a later test draws them beside its own
+        roc = roc_figure({**own, **{name: c for _, curves in earlier for name, c in curves.items()}})
+        write_encoded(output_dir / "roc.png", png(roc))
         write_text(output_dir / "results.tex", latex(tables))
         write_text(output_dir / "results.md", markdown(tables))
         write_json(output_dir / RESULTS, results)
