@@ -183,7 +183,8 @@ def map_changes(timesteps: Sequence[int], d: np.ndarray, threshold: float, colou
     body = axes.frame()
     for column in shown.T:
         good = column > 0
-        body += f'<path class="strand" style="stroke:var({colour})" d="{axes.path(np.asarray(timesteps)[good], column[good])}"/>'
+        strand = axes.path(np.asarray(timesteps)[good], column[good])
+        body += f'<path class="strand" style="stroke:var({colour})" d="{strand}"/>'
     middle = np.median(d, axis=1)
     body += f'<path class="curve" style="stroke:var({colour})" d="{axes.path(timesteps, middle)}">'
     body += "<title>median</title></path>"
