@@ -166,7 +166,7 @@ def test_densities_have_area_one():
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [
-        (0.8765, "share", "87.7 %"),
+        (0.8768, "share", "87.7 %"),
         (0.0123, "share", "1.23 %"),
         (1234567, "count", "1,234,567"),
         (747.6, "timestep", "748"),
@@ -213,7 +213,7 @@ def test_bad_input_is_one_line(result, tmp_path):
     with pytest.raises(UserError, match=r"no image 'id_000/77.png'; the data set has changed"):
         write_report([changed], tmp_path / "r.html")
     changed.metrics["beauty"] = 1.0
-    with pytest.raises(ValueError, match="without a definition in evaluation.definitions: beauty"):
+    with pytest.raises(ValueError, match=r"without a definition in evaluation\.definitions: beauty"):
         write_report([changed], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 

@@ -85,7 +85,7 @@ class Record:
         return [self.figures, self.files, self.seeds, self.thumbnails]
 
 
-_RECORD = len(to_json(Record([], "", "", []).parts())) + 1  # bytes of a record but for its contents, with a comma
+_RECORD = len(to_json(Record([]).parts())) + 1  # bytes of a record but for its contents, with a comma
 
 
 class SetSheet:
