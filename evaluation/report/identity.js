@@ -90,7 +90,7 @@ function order(grid) {
   return element("p", { class: "order" }, element("label", {}, "Order ",
     element("select", { onchange: arrange }, element("option", { value: "place" }, "as drawn"),
       element("option", { value: "cosine" }, "by cosine, lowest first"))),
-  element("span", {}, " Number, cosine to the centre, step of the switch, seed."));
+  element("span", {}, "Number, cosine to the centre, step of the switch, seed."));
 }
 
 // Pictures that the page does not hold are read from their files only when asked for, so that opening it reads nothing.
