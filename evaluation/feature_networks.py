@@ -28,7 +28,7 @@ class FeatureNetwork:
 
 def own_features() -> FeatureNetwork:
     """The embedder's own features, where no weights of Inception are at hand."""
-    return FeatureNetwork("the embedder's own", is_comparable=False)
+    return FeatureNetwork("the embedder's own features", is_comparable=False)
 
 
 def inception_features(weights: str) -> FeatureNetwork:
