@@ -75,6 +75,7 @@ def evaluate(
     device = distributed.device(options.device)
     warn_of_emulation(options.precision, device)
     real = open_real(options.real, embedder, flip=options.flip)
+    _check_radius(options, real)
     matches = [_matches(found, real, options) for found in sets]
     lpips = None if options.lpips_vgg is None else load_lpips(options.lpips_vgg, options.lpips_linear).to(device)
     compares = real is not None and (features.network is None or real.has_images)
@@ -167,15 +168,21 @@ def _embed(
     return load
 
 
+def _check_radius(options: EvaluationSettings, real: RealSet | None) -> None:
+    """UserError where radius=auto and the real set has too few impostor pairs for it."""
+    if options.radius == AUTO:
+        sizes = np.bincount(real.images.labels)
+        pairs = (int(sizes.sum()) ** 2 - int(np.square(sizes).sum())) // 2
+        if pairs * MATCH_FMR < 1:
+            raise UserError(f"radius: auto needs 1000 impostor pairs; the real set has {pairs}, give a number")
+
+
 def _radius(options: EvaluationSettings, real: RealMaterial | None) -> float:
     """r, where radius=auto by the impostor scores of the real set."""
     if options.radius != AUTO:
         return float(options.radius)
     identities = [real.names[label] for label in real.labels]
-    try:
-        found = cosine_at_fmr(identities, real.embeddings, MATCH_FMR, seed=options.seed)
-    except UserError as error:
-        raise UserError(f"radius: auto, but {error}") from error
+    found = cosine_at_fmr(identities, real.embeddings, MATCH_FMR, seed=options.seed)
     log.info("radius=%.4f: FMR 0.1 %% of %d impostor pairs of the real set", 1 - found.cosine, found.impostor_pairs)
     return 1 - found.cosine
 

@@ -27,7 +27,7 @@ from utils.embedding_job import EncodeSettings
 from utils.embedding_job import run as encode
 from utils.images import list_images, read_image, write_block, write_image
 
-PEOPLE, IMAGES, SIDE = 6, 4, 32
+PEOPLE, REAL_PEOPLE, IMAGES, SIDE = 6, 12, 4, 32
 KEYS = ("c_intra", "u_class", "eer", "genuine_mean", "impostor_mean", "leakage_mean", "fid", "precision", "recall")
 
 
@@ -41,10 +41,10 @@ def render(folder: Path, people: range, seed: int = 0) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """Drawn faces of 6 people with their manifest, 8 real people with embeddings, and an untrained network."""
+    """Drawn faces of 6 people with their manifest, 12 real people with embeddings, and an untrained network."""
     root = tmp_path_factory.mktemp("world")
     render(root / "faces", range(PEOPLE))
-    render(root / "real", range(PEOPLE - 2, PEOPLE + 6), seed=1)
+    render(root / "real", range(REAL_PEOPLE), seed=1)
     torch.manual_seed(0)
     save_backbone(build_backbone("iresnet18", input_size=32, num_features=16, width=0.125), root / "net.safetensors")
     lines = [
@@ -149,12 +149,19 @@ def test_every_format_gives_the_same_figures(world, first, tmp_path, form):
     assert SetResult.load(tmp_path / "out" / form).images.seed.tolist() == list(range(100, 124))
 
 
+def impostors(rows: np.ndarray) -> np.ndarray:
+    """Cosines of all pairs of different identities, ascending."""
+    first, second = np.triu_indices(len(rows), 1)
+    differ = first // IMAGES != second // IMAGES
+    return np.sort(np.einsum("nd,nd->n", rows[first[differ]], rows[second[differ]]))
+
+
 def test_embeddings_are_kept_by_content_and_a_killed_run_goes_on(world, first, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding_store, "PART_SIZE", 7)
     real, calls = extraction.embed_images, []
 
     def counted(network, images, **settings):
-        if len(calls) == 5:
+        if len(calls) == 8:
             raise KeyboardInterrupt
         calls.append(len(images))
         return real(network, images, **settings)
@@ -162,16 +169,20 @@ def test_embeddings_are_kept_by_content_and_a_killed_run_goes_on(world, first, t
     monkeypatch.setattr(extraction, "embed_images", counted)
     with pytest.raises(KeyboardInterrupt):
         run(words(world, tmp_path / "out"))
-    assert calls == [7, 7, 7, 7, 4] and not (tmp_path / "out/metrics.json").exists()  # the real set, whole
+    assert calls == [7] * 6 + [6] + [7]  # the real set is whole, of the faces there is the first part
+    assert not (tmp_path / "out/metrics.json").exists()
     calls.clear()
     found = run(words(world, tmp_path / "out"))
-    assert calls == [7, 7, 7, 3]
+    assert calls == [7, 7, 3]
     for key in KEYS:
         assert found["sets"]["faces"]["metrics"][key] == pytest.approx(first[0]["sets"]["faces"]["metrics"][key])
     calls.clear()
     shutil.copytree(world / "faces", tmp_path / "copy")
-    run(words(world, tmp_path / "out", f"data.root={tmp_path / 'copy'}", "radius=auto"))
+    own = run(words(world, tmp_path / "out", f"data.root={tmp_path / 'copy'}", "radius=auto"))
     assert calls == []  # the same content elsewhere
+    embedder = backbone_embedder(str(world / "net.safetensors"))
+    rows = embedder.embed(list_images(world / "real"), root=world / "real")
+    assert own["sets"]["copy"]["metrics"]["radius"] == pytest.approx(1 - impostors(rows)[-2], abs=1e-5)  # of 1056 pairs
     write_image(tmp_path / "copy/p0/0.png", read_image(world / "faces/p1/0.png"))
     changed = run(words(world, tmp_path / "out", f"data.root={tmp_path / 'copy'}"))
     assert calls == [7, 7, 7, 3]
@@ -204,7 +215,7 @@ def test_identities_that_were_drawn_from_real_ones(world, tmp_path):
             world,
             tmp_path / "names",
             f"real.root={world / 'faces'}",
-            *("real.match=names", "diversity_neighbours=1", "reproduction_pairs=1", "radius=auto"),
+            *("real.match=names", "diversity_neighbours=1", "reproduction_pairs=1"),
         )
     )["sets"]["faces"]
     assert found["metrics"]["d_intra"] == 1.0 and found["metrics"]["leakage_mean"] == pytest.approx(1)
@@ -301,6 +312,7 @@ MISTAKES = [
     (["real.embeddings_file={tmp}/rows.npz"], r"real\.embeddings_file: .* has no row for any image"),
     (["real.embeddings_file={tmp}/other/embeddings.npy"], "was made with other.safetensors, another network"),
     (["real.embeddings_file={world}/embeddings/embeddings.npy", "flip=false"], "flip: False, but .* flip=True"),
+    (["real.root={world}/faces", "radius=auto"], "radius: auto needs 1000 impostor pairs; the real set has 240"),
     (["radius=3"], "radius: 3; a cosine distance"),
     (["radius=near"], "radius: 'near'; a cosine distance"),
     (["neighbours=0"], "neighbours: 0; it must be at least 1"),
