@@ -96,13 +96,11 @@ BLOCKS = {
 class _Convolution(nn.Module):
     """Convolution, batch norm, ReLU."""
 
-    def __init__(
-        self, channels: int, out: int, kernel: int | tuple, stride: int = 1, padding: int | None = None
-    ) -> None:
+    def __init__(self, channels: int, out: int, kernel: int | tuple, stride: int = 1, *, same: bool = True) -> None:
         super().__init__()
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-        same = (height // 2, width // 2) if stride == 1 and padding is None else (0, 0)
-        self.conv = nn.Conv2d(channels, out, (height, width), stride, same, bias=False)
+        padding = (height // 2, width // 2) if stride == 1 and same else (0, 0)
+        self.conv = nn.Conv2d(channels, out, (height, width), stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
