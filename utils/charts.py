@@ -32,7 +32,7 @@ def number(value: float) -> str:
     """A tick label: up to four significant digits, thousands shortened to k."""
     if abs(value) >= 10_000 and value % 1000 == 0:
         return f"{value / 1000:g}k"
-    return f"{value:.4g}"
+    return f"{value:.4g}".replace("e-0", "e-")
 
 
 class Axes:
@@ -212,7 +212,7 @@ def switch_histogram(timesteps: Sequence[int], switch_t: Sequence[int], colour: 
             body += f'height="{HEIGHT - BOTTOM - axes.y(count):.1f}" '
             body += f'style="fill:var({"--muted" if slot < 0 else colour})">'
             body += f"<title>{name}: {count} samples</title></rect>"
-        if slot < 0 or (i % stride == 0 and i < len(slots) - 2):
+        if slot < 0 or (i % stride == 0 and (stride == 1 or i < len(slots) - 2)):
             body += f'<text class="tick" x="{x + width / 2:.1f}" y="{HEIGHT - BOTTOM + 18}" '
             body += f'text-anchor="middle">{name}</text>'
     return svg(body, "histogram of the timesteps at which samples switched")

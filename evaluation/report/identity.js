@@ -23,8 +23,8 @@ function heading(identity) {
   const step = (label, text, other) => element("button", { type: "button", "aria-label": label, disabled: !other,
     onclick: () => openIdentity(other) }, text);
   return element("header", {},
-    element("h2", { id: "identity-name" }, dot(identity.set), identity.name),
-    SETS.length > 1 ? element("span", { class: "note" }, identity.set.name) : null,
+    element("div", {}, element("h2", { id: "identity-name" }, dot(identity.set), identity.name),
+      SETS.length > 1 ? element("span", { class: "note" }, identity.set.name) : null),
     element("span", { class: "buttons" },
       step("previous identity", "←", place > 0 ? sheet.found[place - 1] : null),
       step("next identity", "→", place >= 0 ? sheet.found[place + 1] : null),
@@ -69,7 +69,7 @@ function images(identity, table, seeds) {
       : element("span", { class: "absent", "data-file": file }, "on disk");
     const lines = [element("b", {}, `#${number}`), element("span", {}, `cos ${shown(cosine, 3)}`)];
     if (table && table.switch) lines.push(element("span", {}, table.switch[place] < 0 ? "no switch" : `t ${table.switch[place]}`));
-    if (seeds) lines.push(element("span", { class: "seed" }, `seed ${seeds[place]}`));
+    if (seeds) lines.push(element("span", { class: "seed", title: "seed" }, seeds[place]));
     if (table && table.copy[place]) lines.push(element("span", { class: "copy" }, `copy of ${table.copy[place]}`));
     const link = file !== null && set.address !== null;
     return element("figure", { "data-cosine": cosine, "data-place": place, title: file },
@@ -89,7 +89,8 @@ function order(grid) {
   };
   return element("p", { class: "order" }, element("label", {}, "Order ",
     element("select", { onchange: arrange }, element("option", { value: "place" }, "as drawn"),
-      element("option", { value: "cosine" }, "by cosine, lowest first"))));
+      element("option", { value: "cosine" }, "by cosine, lowest first"))),
+  element("span", {}, " Number, cosine to the centre, step of the switch, seed."));
 }
 
 // Pictures that the page does not hold are read from their files only when asked for, so that opening it reads nothing.

@@ -23,6 +23,7 @@ from utils.version import code_version
 HERE = Path(__file__).parent
 SCRIPTS = ("data.js", "sheet.js", "identity.js", "terms.js")
 FIGURES_SHARE = 0.4  # of max_bytes, for the extra figures
+LEAST = 10_000  # bytes for the identities of a data set; with fewer hardly any would be seen
 PAIRS, PAIR_SIZE = 24, 112  # of generated and nearest training images; pixels a side
 Figure = tuple[str, str, bytes]  # title, caption, PNG
 
@@ -53,7 +54,7 @@ def write_report(
     content = _content(results, pictures, real, [_fitted(f, max_bytes, len(figures)) for f in figures])
     template = _environment().get_template("template.html")
     left = max_bytes - len(template.render(content, data="").encode())
-    if left < 10_000:  # bytes; nothing of the identities would be seen
+    if left < LEAST * len(results):
         raise UserError(f"max_bytes: {max_bytes}; the page without its identities takes {max_bytes - left} already")
     sheets = [
         SetSheet(result, images, real.get(result.training_root), images.address(path))
@@ -88,7 +89,8 @@ def _content(
         "switches": charts.switch_charts(results),
         "pairs": [_pairs(result, images, real) for result, images in zip(results, pictures, strict=True)],
         "figures": figures,
-        "provenance": [tables.flattened(result.provenance) for result in results],
+        "leakage_rows": [row for row in tables.all_rows(results) if row.key.startswith("leakage")],
+        "settings": tables.settings(results),
     }
 
 

@@ -1,22 +1,23 @@
 "use strict";
 // The sheet of identities: filter, sort, a page at a time.
 
-const PAGE = 40;
+const PAGE = 12;
 const PLACES = 8;
 const sheet = { set: 0, shown: PAGE, found: [] };
 
 // One identity: its name, and of every set given its figures and its strip.
 function identityCard(members) {
   const [first] = members;
-  const lines = members.map((identity) => element("span", { class: "member" },
-    element("span", { class: "figures" },
-      SETS.length > 1 ? dot(identity.set) : null,
-      figureText("consistency", shown(identity.consistency, 3)),
-      identity.switchT === null ? null : figureText("switch", shown(identity.switchT, 0)),
-      identity.trainingCosine === null ? null : figureText("training", shown(identity.trainingCosine, 3))),
-    strip(identity, PLACES)));
+  const isAlone = members.length === 1;
+  const figures = (identity) => element("span", { class: "figures" },
+    isAlone ? null : dot(identity.set),
+    figureText("consistency", shown(identity.consistency, 3)),
+    identity.switchT === null ? null : figureText("switch", shown(identity.switchT, 0)),
+    identity.trainingCosine === null ? null : figureText("training", shown(identity.trainingCosine, 3)));
   return element("button", { type: "button", class: "identity", "data-name": first.name, onclick: () => openIdentity(first) },
-    element("span", { class: "name" }, first.name), ...lines);
+    element("span", { class: "head" }, element("span", { class: "name" }, first.name), isAlone ? figures(first) : null),
+    ...members.map((identity) => element("span", { class: "member" }, isAlone ? null : figures(identity),
+      strip(identity, PLACES))));
 }
 
 function figureText(name, value) {
@@ -109,10 +110,11 @@ function startSheet() {
   byId("sets").hidden = SETS.length < 2;
   const isShared = SETS.slice(1).some((set) => set.identities.some((identity) => SETS[0].byName.has(identity.name)));
   byId("beside-label").hidden = !isShared;
+  byId("ranges-box").open = window.matchMedia("(min-width: 641px)").matches;
   byId("query").addEventListener("input", refresh);
   byId("sort").addEventListener("change", refresh);
   byId("beside").addEventListener("change", draw);
-  byId("more").addEventListener("click", () => { sheet.shown += PAGE; draw(); });
+  byId("more").addEventListener("click", () => { sheet.shown += 2 * PAGE; draw(); });
   byId("direction").addEventListener("click", (event) => {
     const descending = event.target.getAttribute("aria-pressed") !== "true";
     event.target.setAttribute("aria-pressed", String(descending));

@@ -104,6 +104,17 @@ def published_rows(count: int = 8) -> list[PublishedRow]:
     return sorted(seen.values(), key=lambda row: -row.mean)[:count]
 
 
+def settings(results: Sequence[SetResult]) -> list[tuple[str, list[str], bool]]:
+    """(key, its value in every set, whether these differ): what the sets are of, then all of their provenance."""
+    columns = []
+    for result in results:
+        of = {"images from": result.root, "real set": result.training_root, "embedder": result.embedder}
+        columns.append(dict(flattened(of | {"features": result.features} | result.provenance)))
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    found = [(key, [column.get(key, MISSING) for column in columns]) for key in keys]
+    return [(key, values, len(set(values)) > 1) for key, values in found]
+
+
 def flattened(tree: Mapping[str, Any], start: str = "") -> list[tuple[str, str]]:
     """(dotted key, value as text) of every leaf of nested mappings."""
     found: list[tuple[str, str]] = []
