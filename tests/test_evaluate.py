@@ -12,7 +12,9 @@ import torch
 
 import evaluate
 from evaluation import features as extraction
+from evaluation.feature_networks import FeatureNetwork
 from evaluation.generated_set import DataSettings, open_set
+from evaluation.metrics.frechet import frechet_distance, statistics_of
 from evaluation.results import SetResult
 from recognition import embedding_store
 from recognition.backbones import build_backbone, save_backbone
@@ -26,7 +28,7 @@ from utils.data.rendered.render import render_with_landmarks
 from utils.embedders import backbone_embedder
 from utils.embedding_job import EncodeSettings
 from utils.embedding_job import run as encode
-from utils.images import list_images, read_image, write_block, write_image
+from utils.images import list_images, read_image, resize, write_block, write_image
 
 PEOPLE, IMAGES, SIDE = 6, 4, 32
 KEYS = ("c_intra", "u_class", "eer", "genuine_mean", "impostor_mean", "leakage_mean", "fid", "precision", "recall")
@@ -207,6 +209,7 @@ def evaluate_here(arguments: list[str]) -> dict[str, float]:
     return {key: metrics[key] for key in KEYS}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(world, first, tmp_path, monkeypatch):
     both = together(2, tmp_path / "ranks", evaluate_here, words(world, tmp_path / "out"))
     expected = first[0]["sets"]["faces"]["metrics"]
@@ -254,6 +257,46 @@ def test_curation_lists_writes_and_compares(world, first, tmp_path):
         run(words(world, tmp_path, *more, "curate.min_cosine=-0.99", "curate.max_identity_cosine=0.9"))
     with pytest.raises(UserError, match="curate: nothing is left of faces"):
         run(words(world, tmp_path, *more[:1], "curate.max_training_cosine=-0.99"))
+
+
+class MeanColour(torch.nn.Module):
+    """A feature network in place of Inception: the mean colour, of each half."""
+
+    def prepare(self, image: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(resize(image, 16)).float()  # (16, 16, 3)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.reshape(len(batch), 2, -1, 3).mean(dim=2).flatten(1)  # (B, 6)
+
+
+def test_features_of_a_network_of_their_own(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "evaluation.feature_networks.own_features", lambda: FeatureNetwork("m", True, "m", MeanColour())
+    )
+    found = run(words(world, tmp_path / "out", "real.match=names", "diversity_neighbours=2"))["sets"]["faces"]
+    mean = MeanColour()
+    rows = {
+        kind: mean(torch.stack([mean.prepare(read_image(world / kind / name)) for name in names])).numpy()
+        for kind, names in ((kind, list_images(world / kind)) for kind in ("faces", "real"))
+    }
+    fid = frechet_distance(statistics_of(rows["faces"]), statistics_of(rows["real"]))
+    assert found["metrics"]["fid"] == pytest.approx(fid, rel=1e-4)
+    stored = list((tmp_path / "out/cache").glob("features-*"))
+    assert len(stored) == 2
+    few = run(words(world, tmp_path / "out", "feature_images=10"))["sets"]["faces"]
+    assert few["metrics"]["fid"] != pytest.approx(fid, rel=1e-3)  # of ten images drawn from each set
+    none = ["real.root=null", f"real.embeddings_file={world / 'embeddings/embeddings.npy'}"]
+    without = run(words(world, tmp_path / "out", *none))["sets"]["faces"]
+    assert without["metrics"]["fid"] is None and without["metrics"]["leakage_max"] == found["metrics"]["leakage_max"]
+    assert without["warnings"] == ["FID, precision and recall need the real images; give real.root"]
+
+
+def test_the_report_of_alignment_counts(world, tmp_path):
+    lines = [{"file": "p0/0.png", "status": "aligned", "landmarks": [[1, 1]] * 5}]
+    lines += [{"file": "p0/1.png", "status": "failed", "landmarks": None}, {"file": "p0/2.png", "status": "failed"}]
+    (tmp_path / "report.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = ["real.root=null", f"data.alignment_report={tmp_path / 'report.jsonl'}"]
+    assert run(words(world, tmp_path / "out", *more))["sets"]["faces"]["metrics"]["alignment_failures"] == 2 / 3
 
 
 def test_aligned_blocks_are_joined_by_the_report(world, tmp_path):
