@@ -21,6 +21,7 @@ class ContextSelector:
 
     max_among: highest cosine between two that are kept; None: no limit.
     max_known: highest cosine with any row of `known` (m, D); None: no limit.
+    rounding: how far below its limit a cosine has to stay.
     """
 
     def __init__(
@@ -30,12 +31,13 @@ class ContextSelector:
         max_among: float | None = None,
         max_known: float | None = None,
         known: np.ndarray | None = None,
+        rounding: float = ROUNDING,
     ) -> None:
         if (max_known is None) != (known is None):
             raise ValueError("max_known and known: a limit and what it holds against are given together")
         self.wanted = wanted
         self.limits = {NEAR_ANOTHER: max_among, NEAR_KNOWN: max_known}
-        self._known = known
+        self._known, self._rounding = known, rounding
         self._kept: list[np.ndarray] = []
         self._stacked = np.empty((0, 0), np.float32)
         self._nearest: dict[str, list[np.ndarray]] = {NEAR_ANOTHER: [], NEAR_KNOWN: []}
@@ -79,11 +81,11 @@ class ContextSelector:
         max_among, max_known = self.limits.values()
         if max_known is not None:
             nearest = _nearest(chunk, self._known, max_known)
-            is_known = nearest > max_known - ROUNDING
+            is_known = nearest > max_known - self._rounding
             self._nearest[NEAR_KNOWN].append(nearest)
         among, limit, inner = np.full(count, -1.0), np.inf, None
         if max_among is not None:
-            limit = max_among - ROUNDING
+            limit = max_among - self._rounding
             among = _nearest(chunk, self.rows, max_among) if self._kept else among
             precise = chunk.astype(np.float64)
             inner = precise @ precise.T  # (n, n)

@@ -19,6 +19,7 @@ from utils import safe_pickle
 from utils.checkpoint import save_torch, write_atomically, write_text
 from utils.config import UserError
 from utils.context_selection import ContextSelector
+from utils.similarity import sum_by_label
 
 # Names of identities that a file does not name; the width is fixed so that a name does not depend on their count.
 NUMBERED = "{:05d}"
@@ -160,8 +161,7 @@ def mean_contexts(names: Sequence[str], embeddings: np.ndarray) -> tuple[list[st
     """
     identities = [identity_of(name) for name in names]
     unique, index = np.unique(np.array(identities), return_inverse=True)
-    sums = np.zeros((len(unique), embeddings.shape[1]), np.float64)
-    np.add.at(sums, index, embeddings)
+    sums = sum_by_label(embeddings, index, len(unique))
     norms = np.linalg.norm(sums, axis=1, keepdims=True)
     if (norms < 1e-12).any():
         raise UserError(f"{unique[norms[:, 0].argmin()]}: the embeddings of its images cancel out; it has no mean")

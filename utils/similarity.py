@@ -19,22 +19,49 @@ CALIBRATION_IMAGES = 20_000
 def nearest_cosines(rows: np.ndarray, references: np.ndarray, *, skip_own: bool = False) -> np.ndarray:
     """The highest cosine of each row (n, D) with any reference (m, D): (n,), -1 where there is none.
 
-    Computed in the type of the rows; float32 is off by 1e-6 at most, and twice as fast as float64.
+    As nearest_neighbours, which also tells which it was.
+    """
+    return nearest_neighbours(rows, references, skip_own=skip_own)[0]
+
+
+def nearest_neighbours(
+    rows: np.ndarray, references: np.ndarray, *, skip_own: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The highest cosine of each row (n, D) with any reference (m, D), and that reference (the first of equals).
+
+    (n,) each; -1 and -1 where there is none. Computed in the type of the rows; float32 is off by 1e-6 at most, and
+    twice as fast as float64.
 
     skip_own: the rows are the first n references, and row i is not compared with reference i.
     """
-    nearest = np.full(len(rows), -1.0, rows.dtype)
+    nearest, which = np.full(len(rows), -np.inf, rows.dtype), np.full(len(rows), -1, np.int64)
     for start in range(0, len(rows), ROWS_AT_ONCE):
         chunk = rows[start : start + ROWS_AT_ONCE]
-        best = nearest[start : start + len(chunk)]  # a view
+        at = np.arange(len(chunk))
         for first in range(0, len(references), REFERENCES_AT_ONCE):
             cosines = chunk @ references[first : first + REFERENCES_AT_ONCE].astype(rows.dtype, copy=False).T
             if skip_own:
-                own = np.arange(start, start + len(chunk)) - first
+                own = start + at - first
                 inside = (own >= 0) & (own < cosines.shape[1])
-                cosines[np.flatnonzero(inside), own[inside]] = -1.0
-            np.maximum(best, cosines.max(axis=1), out=best)
-    return nearest
+                cosines[np.flatnonzero(inside), own[inside]] = -np.inf
+            best = cosines.argmax(axis=1)
+            is_nearer = cosines[at, best] > nearest[start : start + len(chunk)]
+            nearest[start : start + len(chunk)][is_nearer] = cosines[at, best][is_nearer]
+            which[start : start + len(chunk)][is_nearer] = first + best[is_nearer]
+    nearest[which < 0] = -1.0
+    return nearest, which
+
+
+def sum_by_label(rows: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """The sum of the rows (n, D) of every label, float64 (count, D); labels: (n,) in 0..count - 1, in any order."""
+    order = np.argsort(labels, kind="stable")
+    sums = np.zeros((count, rows.shape[1]))
+    for start in range(0, len(order), REFERENCES_AT_ONCE):
+        part = order[start : start + REFERENCES_AT_ONCE]
+        found = labels[part]
+        firsts = np.flatnonzero(np.append(True, found[1:] != found[:-1]))
+        sums[found[firsts]] += np.add.reduceat(rows[part], firsts, axis=0, dtype=np.float64)
+    return sums
 
 
 @dataclass(frozen=True)

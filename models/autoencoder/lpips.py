@@ -41,17 +41,28 @@ class LPIPS(nn.Module):
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
         self.requires_grad_(False)
 
-    def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """The mean over pixels, summed over layers, of the weighted squared differences of unit features."""
-        h = (torch.cat([images, others]) - self.mean) / self.std
-        distance = torch.zeros(len(images), device=images.device)
+    def unit_features(self, images: Tensor) -> list[Tensor]:
+        """The features of each block, (B, C, H, W) float32, of length 1 at every pixel."""
+        h = (images - self.mean) / self.std
+        taken = []
         for number, layer in enumerate(self.features):
             h = layer(h)
             if number in self.taps:
-                a, b = F.normalize(h.float(), dim=1, eps=1e-10).chunk(2)  # (B, C, H, W) each
-                weights = self.lins[self.taps.index(number)]
-                distance = distance + ((a - b).square() * weights[:, None, None]).sum(dim=1).mean(dim=(1, 2))
-        return distance
+                taken.append(F.normalize(h.float(), dim=1, eps=1e-10))
+        return taken
+
+    def weigh(self, squares: list[Tensor]) -> Tensor:
+        """The mean over pixels of squared differences (B, C, H, W), weighted and summed over blocks: (B,)."""
+        parts = [
+            (square * w[:, None, None]).sum(dim=1).mean(dim=(1, 2))
+            for square, w in zip(squares, self.lins, strict=True)
+        ]
+        return torch.stack(parts).sum(dim=0)
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """The mean over pixels, summed over layers, of the weighted squared differences of unit features."""
+        both = [features.chunk(2) for features in self.unit_features(torch.cat([images, others]))]
+        return self.weigh([(a - b).square() for a, b in both])
 
 
 def load_lpips(vgg_path: str | Path, linear_path: str | Path) -> LPIPS:
