@@ -49,11 +49,9 @@ class Reference:
 def read_reference(settings: MetricSettings, training_embeddings: Path | None) -> Reference:
     """The training identities, and r: as given, or 1 - the cosine that the share fmr of their impostor pairs exceeds.
 
-    Raises UserError where r can come from nowhere, and for embeddings that cannot be read.
+    One of the two must be given. Raises UserError for embeddings that cannot be read, or are too few for the rate.
     """
     if training_embeddings is None:
-        if settings.r is None:
-            raise UserError("metrics.r: not set, and without training_embeddings it cannot be calibrated; give either")
         return Reference(settings.r, None)
     names, rows = read_embeddings(training_embeddings)
     _, centres = mean_contexts(names, rows)
@@ -90,13 +88,15 @@ def measure_faces(
         **scores.metrics(),
         **consistency.metrics(),
         "u_class": unique,
-        **switch_statistics(read_switches(manifest)).metrics(),
     }
+    if (switches := read_switches(manifest)) is not None:
+        found |= switch_statistics(switches).metrics()
     return found if reference.centres is None else found | leakage(centres, reference.centres, reference.r).metrics()
 
 
-def read_switches(manifest: Path) -> np.ndarray:
-    """(n,) the timestep at which each image of a manifest.jsonl took its identity, -1 where it did not switch."""
+def read_switches(manifest: Path) -> np.ndarray | None:
+    """(n,) the timestep at which each image of a manifest.jsonl took its identity, -1 where it did not switch; None for
+    samplers that know no switch."""
     lines = manifest.read_text(encoding="utf-8").splitlines()
     switches = [json.loads(line)["switch_t"] for line in lines]
-    return np.array([-1 if t is None else t for t in switches], np.int64)
+    return None if None in switches else np.array(switches, np.int64)

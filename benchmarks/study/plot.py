@@ -45,16 +45,16 @@ def _draw_seeds(axes: Axes, study: StudyResult) -> None:
         axes.plot([at] * len(seeds), seeds, "o", color=_colour(at), alpha=0.6, markeredgewidth=0, markersize=6)
     axes.set_xticks(range(len(study.variants)), [row.title for row in study.variants], rotation=25, ha="right")
     axes.set_xlim(-0.6, len(study.variants) - 0.4)
-    count = len(study.variants[0].accuracy)
-    axes.set(ylabel="verification accuracy, %", title=f"mean ± standard deviation, dots: {count} seeds")
+    seeds = ", ".join(study.variants[0].accuracy)
+    axes.set(ylabel="verification accuracy, %", title=f"mean ± standard deviation; dots: seeds {seeds}")
 
 
 def _draw_consistency(axes: Axes, study: StudyResult) -> None:
     for at, row in enumerate(study.variants):
         x, y = 100 * row.metrics[AGAINST], 100 * row.mean
         axes.errorbar(x, y, yerr=_spread(row.std), fmt="o", capsize=4, color=_colour(at), label=row.title)
-        axes.annotate(row.title, (x, y), xytext=(6, 4), textcoords="offset points", fontsize="x-small")
-    axes.margins(x=0.18)
+    axes.margins(x=0.1)
+    axes.legend(fontsize="x-small")
     axes.set(xlabel=f"{DEFINITIONS[AGAINST].title}, % (r = {study.r:.2f})", title="against consistency")
 
 

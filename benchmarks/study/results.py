@@ -97,7 +97,7 @@ def notes(study: StudyResult) -> list[str]:
     measured = "as given" if study.fmr is None else f"1 - the cosine at a false match rate of {100 * study.fmr:g} %"
     found = [
         f"Accuracy: {', '.join(first.sets)}, {first.num_pairs:,} pairs; mean ± standard deviation (n - 1) over the "
-        f"recogniser's {len(first.accuracy)} seeds. Each sampler drew once ({'; '.join(sizes)}), for the same "
+        f"recogniser's seeds ({', '.join(first.accuracy)}). Each sampler drew once ({'; '.join(sizes)}), for the same "
         "people and from the same noise: the spread says nothing about another draw.",
         f"C_intra, U_class and leaked identities: r = {study.r:.3f}, {measured}.",
     ]

@@ -65,6 +65,8 @@ class StudySettings:
             raise UserError(f"seeds: {self.seeds}; one or more different whole numbers are wanted, as in seeds=[0,1,2]")
         if self.processes < 1:
             raise UserError(f"processes: {self.processes}; give at least 1")
+        if self.training_embeddings is None and self.metrics.r is None:
+            raise UserError("metrics.r: not set, and without training_embeddings it cannot be calibrated; give either")
         unknown = [name for name in self.only or [] if name not in self.variants]
         if unknown or self.only == []:
             raise UserError(f"only: {unknown or self.only}; the variants are {', '.join(self.variants)}")
@@ -124,6 +126,7 @@ def check(cfg: DictConfig) -> Plan:
     if missing:
         raise UserError(f"{missing[0]}: not set; give {missing[0]}=VALUE on the command line")
     sections = {name: plain(cfg[name]) for name in SECTIONS}
+    published = {name: _published(name, variant.published) for name, variant in own.variants.items()}
     hint = "a finished `make demo` has one (demo_dir), or give the path"
     for key, path in (("contexts", own.contexts), ("checkpoint", own.checkpoint)):
         if not Path(path).expanduser().exists():
@@ -144,7 +147,7 @@ def check(cfg: DictConfig) -> Plan:
         compose("align_config", [*align, *nowhere, "input_dir=none"], "align")
     return Plan(
         own,
-        _variants(own, sections["sample"]),
+        _variants(own, sections["sample"], published),
         align,
         train,
         test,
@@ -153,7 +156,9 @@ def check(cfg: DictConfig) -> Plan:
     )
 
 
-def _variants(own: StudySettings, section: Mapping[str, Any]) -> list[Variant]:
+def _variants(
+    own: StudySettings, section: Mapping[str, Any], published: Mapping[str, PublishedRow | None]
+) -> list[Variant]:
     """Every variant's sampler, checked against the model and the contexts."""
     given = {
         "checkpoint.path": path_for_scripts(own.checkpoint),
@@ -170,7 +175,7 @@ def _variants(own: StudySettings, section: Mapping[str, Any]) -> list[Variant]:
             drawn_with = _drawn_with(cfg, generators)
         except UserError as error:  # it names the key of sample.py
             raise UserError(f"{key}: {error}") from error
-        found.append(Variant(name, variant.title, arguments, drawn_with, _published(name, variant.published)))
+        found.append(Variant(name, variant.title, arguments, drawn_with, published[name]))
     return found
 
 
