@@ -3,7 +3,6 @@
 `render` is a pure function of a `Report`; `demo.collect` fills one from the files that the stages wrote.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -11,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from demo import charts
+from utils import charts, page
 from utils.images import encode_image, resize
 
-# Each training set keeps its colour through the whole report (variables of the style sheet below).
-COLOURS = {"rendered": "--ren", "real": "--ren", "two_stage": "--two", "one_stage": "--one", "untrained": "--muted"}
+# Each training set keeps its colour through the whole report (variables of utils/page.css).
+COLOURS = {"rendered": "--c3", "real": "--c3", "two_stage": "--c1", "one_stage": "--c2", "untrained": "--muted"}
 NAMES = {
     "rendered": "rendered faces",
     "real": "your faces",
@@ -90,7 +89,7 @@ class Report:
     settings: dict[str, object] = field(default_factory=dict)
 
 
-STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+STYLE = page.STYLE + Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
 def render(report: Report) -> str:
@@ -119,10 +118,8 @@ def strip(images: np.ndarray, alt: str, size: int = 112) -> str:
     """uint8 (n, H, W, 3) side by side, each embedded as a JPEG of `size` pixels."""
     tags = ""
     for i, image in enumerate(resize(images, size), 1):
-        data = base64.b64encode(encode_image(image, ".jpg")).decode()
-        tags += (
-            f"<img alt='{escape(alt)}, image {i}' width='{size}' height='{size}' src='data:image/jpeg;base64,{data}'>"
-        )
+        source = page.data_uri(encode_image(image, ".jpg"), "image/jpeg")
+        tags += f"<img alt='{escape(alt)}, image {i}' width='{size}' height='{size}' src='{source}'>"
     return f"<div class='strip' style='--n:{len(images)}'>{tags}</div>"
 
 
@@ -223,7 +220,7 @@ def _two_stage(report: Report) -> str:
 def _training(report: Report) -> str:
     cards = ""
     for curves in report.curves:
-        names = {name: COLOURS.get(name, "--extra" if i else "--two") for i, name in enumerate(curves.series)}
+        names = {name: COLOURS.get(name, "--c4" if i else "--c1") for i, name in enumerate(curves.series)}
         labels = {NAMES.get(name, name): name for name in curves.series}
         chart = charts.lines(
             {label: curves.series[name] for label, name in labels.items()},

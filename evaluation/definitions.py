@@ -59,6 +59,12 @@ DEFINITIONS: dict[str, Definition] = {
         "higher",
         "distance",
     ),
+    "radius": Definition(
+        "r",
+        "The cosine distance within which two embeddings are taken for one person, in C_intra, U_class and leakage.",
+        "DCFace (CVPR 2023): 0.3 with AdaFace IR-101 on WebFace4M",
+        unit="cosine",
+    ),
     "c_intra": Definition(
         "C_intra",
         "Consistency: the share of an identity's images nearer than r (cosine distance) to its centre, the normalised "

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 from tqdm import tqdm
 
-from recognition.embedding import embed_images
 from utils import distributed
 from utils.checkpoint import write_atomically, write_json
 from utils.data.formats.labelled import EncodedImages
+
+Reader = Callable[[], np.ndarray]
 
 PART_SIZE = 512
 DESCRIPTION = "embeddings.json"
@@ -39,18 +38,11 @@ class EmbeddingStore:
         self.description = {**description, "images": len(images), "part_size": PART_SIZE}
         self._files = [self.folder / f"{start:08d}.npy" for start in range(0, len(images), PART_SIZE)]
 
-    def fill(
-        self,
-        network: nn.Module,
-        *,
-        batch_size: int,
-        flip: bool,
-        normalise: bool,
-        precision: str,
-        device: torch.device,
-        progress: str,
-    ) -> None:
-        """Embed what is not there yet, shared out among the processes; the arguments are those of `embed_images`."""
+    def fill(self, embed: Callable[[list[Reader]], np.ndarray], progress: str) -> None:
+        """Compute what is not there yet, shared out among the processes.
+
+        embed: functions that give one image uint8 (H, W, 3) each, in order => their rows float32 (count, D).
+        """
         claim = self.folder / DESCRIPTION
         if distributed.is_main() and not (
             claim.is_file() and json.loads(claim.read_text(encoding="utf-8")) == self.description
@@ -69,15 +61,7 @@ class EmbeddingStore:
             disable=not (distributed.is_main() and parts),
         ) as bar:
             for number, part in parts.items():
-                rows = embed_images(
-                    network,
-                    [partial(self.images.pixels, index) for index in part],
-                    batch_size=batch_size,
-                    flip=flip,
-                    normalise=normalise,
-                    precision=precision,
-                    device=device,
-                )
+                rows = embed([partial(self.images.pixels, index) for index in part])
                 _save(self._files[number], rows)
                 bar.update(len(part))
         distributed.barrier()

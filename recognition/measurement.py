@@ -9,12 +9,14 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from recognition.embedding import embed_images
 from recognition.embedding_store import EmbeddingStore
 from recognition.ijb import TemplateSettings, evaluate_templates
 from recognition.onnx import OnnxRecogniser
@@ -76,15 +78,16 @@ def measure(model: Model, sets: Sets, computing: Computing) -> tuple[dict[str, A
         described = {"network": sha256, "images_sha256": state_of(images), "flip": flip, "normalise": normalise}
         folder = computing.folder / model.folder / folder_name(name)
         store = EmbeddingStore(folder, images, {**described, "precision": computing.precision})
-        store.fill(
+        embed = partial(
+            embed_images,
             network,
             batch_size=computing.batch_size,
             flip=flip,
             normalise=normalise,
             precision=computing.precision,
             device=computing.device,
-            progress=f"{model.name}: {name}",
         )
+        store.fill(embed, f"{model.name}: {name}")
         result = distributed.on_main(lambda: evaluate(store.load()))
         if distributed.is_main() and not computing.keep:
             store.delete()

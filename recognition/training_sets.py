@@ -15,6 +15,7 @@ import numpy as np
 
 from utils.config import UserError, existing_folder, settings
 from utils.data.face_dataset import read_identity_list
+from utils.data.formats.blocks import BlockImages
 from utils.data.formats.joined import JoinedImages
 from utils.data.formats.labelled import EncodedImages
 from utils.data.formats.recognise import open_labelled
@@ -130,6 +131,8 @@ def read_training_set(
         images = open_labelled(root)
     except UserError as error:
         raise UserError(f"{key}.root: {error}") from error
+    if isinstance(images, BlockImages):  # read in random order, each image would cost a whole block
+        raise UserError(f"{key}.root: {root} holds identity blocks; split_identity_blocks.py makes folders of them")
 
     excluded = read_identity_list(exclude_identities_file, f"{key}.exclude_identities_file", images.identities)
     counts = np.bincount(images.labels, minlength=len(images.identities)).tolist()

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from create_sample_identity_contexts import CHEAP_SOURCES
 from diffusion.drawn_faces import DetectionSettings, DrawnFacesSettings
-from utils.config import CONFIG_DIR, instantiate
+from utils.config import CONFIG_DIR, UserError, instantiate
 
 PRIMARY = sorted(path.stem for path in CONFIG_DIR.glob("*_config.yaml"))
 # Which entry point an experiment is for: the one that its header's command names.
@@ -36,12 +36,7 @@ def test_every_entry_point_composes(compose, name):
 def test_every_group_is_used_by_a_test_below():
     tested = {"model", "diffusion", "sampler", "dataset", "optimizer", "lr_scheduler", "ema", "autoencoder", "backbone"}
     assert {path.parent.name for path in GROUPS} == tested | {
-        "head",
-        "source",
-        "embedder",
-        "augment",
-        "lr_schedule",
-        "scale",
+        *("head", "source", "embedder", "augment", "lr_schedule", "features", "scale")
     }
 
 
@@ -73,6 +68,19 @@ def test_sources_of_contexts_have_the_keys_of_their_settings(compose, name):
     assert set(section) - {"name"} == {field.name for field in dataclasses.fields(classes[name])}
     if name == "two_stage":
         assert set(section.align) == {field.name for field in dataclasses.fields(DetectionSettings)}
+
+
+@pytest.mark.parametrize("name", group("features"))
+def test_feature_networks_have_the_keys_of_their_functions(compose, name):
+    section = compose("evaluate_config", f"features={name}").features
+    if "weights" in set(section):  # (`in section` is false for a value that is still missing)
+        with pytest.raises(UserError, match=r"features\.weights: not set"):
+            instantiate(section, "features")
+        section.weights = "none.pth"
+        with pytest.raises(UserError, match=r"features\.weights: no such file"):
+            instantiate(section, "features")
+    else:
+        assert instantiate(section, "features").network is None
 
 
 @pytest.mark.parametrize("name", group("dataset"))

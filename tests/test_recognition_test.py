@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import recognition.test as script
-from recognition import embedding_store
+from recognition import embedding_store, measurement
 from recognition.backbones import build_backbone, save_backbone
 from recognition.embedding import embed_images
 from recognition.measurement import Computing, Model, Sets, fingerprint, measure
@@ -113,7 +113,7 @@ def test_a_killed_test_goes_on(world: Path, tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(embedding_store, "PART_SIZE", 24)
     settings = options(world, tmp_path, bin_files=[str(world / f"benchmarks/{n}.bin") for n in ("lfw", "calfw")])
     (expected,), _ = run(settings, tmp_path / "whole")
-    real, calls = embedding_store.embed_images, []
+    real, calls = measurement.embed_images, []
 
     def dies(*args, **kwargs):
         if len(calls) == 5:
@@ -121,7 +121,7 @@ def test_a_killed_test_goes_on(world: Path, tmp_path: Path, monkeypatch) -> None
         calls.append(len(args[1]))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(embedding_store, "embed_images", dies)
+    monkeypatch.setattr(measurement, "embed_images", dies)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "parts")
     assert calls == [24, 24, 24, 8, 24]  # lfw is whole, of calfw there is the first part

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from demo import charts
 from demo.report import Curves, Figure, Panel, Report, StageRun, duration, render
+from utils import charts
 
 VOID = {"meta", "img", "br", "line", "rect", "path"}
 

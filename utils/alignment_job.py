@@ -35,6 +35,7 @@ from utils.images import (
     read_image,
     recorded_tile_size,
     resize,
+    tile_of_block,
     write_block,
     write_image,
 )
@@ -104,9 +105,7 @@ class Unit:
 
 def _is_block(settings: AlignSettings, file: str) -> bool:
     """Whether an image's size is that of an identity block: several whole tiles."""
-    height, width = image_size(Path(settings.input_dir) / file)
-    tile = settings.tile_size or block_tile_size(width)
-    return tile is not None and width % tile == 0 and height % tile == 0 and max(width, height) > tile
+    return tile_of_block(Path(settings.input_dir) / file, settings.tile_size) is not None
 
 
 def find_layout(settings: AlignSettings, files: Sequence[str], *, in_shards: bool = False) -> str:

@@ -24,12 +24,12 @@ from utils.data.face_dataset import read_identity_list
 from utils.embedders import Embedder
 from utils.embedding_writers import WRITERS
 from utils.images import (
-    block_tile_size,
     image_size,
     list_images,
     read_block,
     read_image,
     recorded_tile_size,
+    tile_of_block,
 )
 from utils.logging import get_logger
 
@@ -100,12 +100,14 @@ def plan(options: EncodeSettings) -> Work:
         )
     tile_size = options.tile_size or recorded_tile_size(root)
     blocks = options.layout == "blocks" or (
-        options.layout == "auto" and not any("/" in file for file in files) and _tile_of(root / files[0], tile_size)
+        options.layout == "auto"
+        and not any("/" in file for file in files)
+        and tile_of_block(root / files[0], tile_size)
     )
     files = _without_excluded(files, options, blocks=bool(blocks))
     if not blocks:
         return Work(files, None, list(range(0, len(files), PART_SIZE)))
-    sizes = {_tile_of(root / file, tile_size) for file in files}
+    sizes = {tile_of_block(root / file, tile_size) for file in files}
     tile = next(iter(sizes))
     if tile is None or len(sizes) > 1:
         shown = tile_size or "128 (4 columns) or 112 (5 columns)"
@@ -150,14 +152,6 @@ def _listed(root: Path, path: str) -> list[str]:
             f"images_name_file_path: no image {absent[0]} in {root} ({len(absent)} of {len(names)} are missing)"
         )
     return names
-
-
-def _tile_of(file: Path, tile_size: int | None) -> int | None:
-    """Side of a block's tiles; None where its size is not that of several whole tiles."""
-    height, width = image_size(file)
-    tile = tile_size or block_tile_size(width)
-    whole = tile is not None and width % tile == 0 and height % tile == 0 and max(width, height) > tile
-    return tile if whole else None
 
 
 def describe(options: EncodeSettings, embedder: Embedder, work: Work) -> dict[str, Any]:

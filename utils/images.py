@@ -244,6 +244,16 @@ def block_tile_size(width: int) -> int | None:
     return {size * columns: size for size, columns in (SAMPLED_BLOCK, ALIGNED_BLOCK)}.get(width)
 
 
+def tile_of_block(file: str | Path, tile_size: int | None = None) -> int | None:
+    """Side in pixels of the tiles of an image file with the size of a block, several whole tiles; None for any other.
+
+    tile_size: that of the tiles where it is known; None: one of those in use. UserError for an unreadable file.
+    """
+    height, width = image_size(file)
+    tile = tile_size or block_tile_size(width)
+    return tile if tile and width % tile == 0 and height % tile == 0 and max(width, height) > tile else None
+
+
 def recorded_tile_size(folder: str | Path) -> int | None:
     """Tile size in pixels of the blocks that sample.py drew into `folder`, by its record; None for any other folder."""
     record = Path(folder) / "dataset.json"

@@ -14,7 +14,7 @@ from evaluation.metrics.neighbours import ball_radii, within_balls
 from utils.context_selection import ContextSelector
 from utils.similarity import sum_by_label
 
-ROWS_AT_ONCE = 8192  # rows of D = 512 gathered at once: 16 MiB
+ROWS_AT_ONCE = 1024  # rows of D = 512 gathered at once: 2 MiB
 RADIUS = 0.3  # cosine distance, DCFace's; it belongs to DCFace's embedder
 
 

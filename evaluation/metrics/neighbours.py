@@ -8,6 +8,7 @@ Legend: n rows, m balls, F width of the features.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,7 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, k: int) -> Precisi
     real (n, F), generated (m, F): features of Inception's pool by the definition; k: 10 in UIFace, 3 in the paper.
     Raises ValueError where a set has no more than k images, or widths differ.
     """
+    _check_widths(real, generated)
     centre = real.mean(axis=0, dtype=np.float64).astype(real.dtype)
     real, generated = real - centre, generated - centre
     real_radii, generated_radii = ball_radii(real, k), ball_radii(generated, k)
@@ -68,10 +70,14 @@ def within_balls(rows: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np
     return inside
 
 
-def _squared_distances(rows: np.ndarray, others: np.ndarray):
-    """Yield the number of the first row of a chunk, and its squared distances to all others, (rows of it, m)."""
+def _check_widths(rows: np.ndarray, others: np.ndarray) -> None:
     if rows.ndim != 2 or others.ndim != 2 or rows.shape[1] != others.shape[1]:
         raise ValueError(f"features {rows.shape} and {others.shape}: two sets of rows of one width are wanted")
+
+
+def _squared_distances(rows: np.ndarray, others: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the number of the first row of a chunk, and its squared distances to all others, (rows of it, m)."""
+    _check_widths(rows, others)
     lengths = np.einsum("nf,nf->n", others, others)
     step = max(1, DISTANCES_AT_ONCE // max(1, len(others)))
     for start in range(0, len(rows), step):

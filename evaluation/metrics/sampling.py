@@ -60,5 +60,5 @@ def alignment_failures(lines: Iterable[Mapping[str, Any]]) -> AlignmentCounts:
     lines = list(lines)
     if not lines:
         raise ValueError("alignment report: it has no lines")
-    failed = sum(line["landmarks"] is None for line in lines)
+    failed = sum(line.get("landmarks") is None for line in lines)  # an unreadable file's line has none
     return AlignmentCounts(len(lines), dict(Counter(line["status"] for line in lines)), failed / len(lines))

@@ -5,6 +5,7 @@ Legend: n images, K identities, P pairs.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
@@ -54,6 +55,10 @@ class EncodedImages(ABC):
     def pixels(self, index: int) -> np.ndarray:
         """Image `index` decoded: uint8 (H, W, 3) RGB; UserError where it cannot be."""
         return decode_image(self.encoded(index), self.describe(index))
+
+    def digest(self, index: int) -> bytes:
+        """16 bytes that tell the content of image `index` from any other's; UserError as `encoded`."""
+        return hashlib.blake2b(self.encoded(index), digest_size=16).digest()
 
 
 class LabelledImages(EncodedImages):

@@ -8,6 +8,7 @@ from pathlib import Path
 from utils import safe_pickle
 from utils.config import UserError
 from utils.data.formats import recordio, tfrecord
+from utils.data.formats.blocks import open_blocks
 from utils.data.formats.folders import read_class_folders, read_name_list
 from utils.data.formats.labelled import EncodedImages, LabelledImages
 from utils.data.formats.pairs import holds_pairs, pairs_of_pickle, read_pairs
@@ -24,9 +25,9 @@ PICKLES = (".pkl", ".pickle", ".bin")
 def open_labelled(path: str | Path, root: str | Path | None = None) -> LabelledImages:
     """The labelled images at `path`, in whichever format they are.
 
-    A folder: class folders, one with a .rec file, with .tar shards, with TFRecord shards and their index, or with a
-    name list (`image_names.pkl` or `.txt`) beside the images. A file: .rec, .idx, .tar, an index of TFRecord shards, a
-    name list.
+    A folder: class folders, identity blocks, one with a .rec file, with .tar shards, with TFRecord shards and their
+    index, or with a name list (`image_names.pkl` or `.txt`) beside the images. A file: .rec, .idx, .tar, an index of
+    TFRecord shards, a name list.
 
     `root`: where the images of a name list or the shards of an index are, if not beside it.
     Raises UserError for anything else, and for files that are damaged or would lead outside their folder.
@@ -99,7 +100,9 @@ def _open_folder(folder: Path, root: str | Path | None) -> EncodedImages:
     if any(folder.glob("*.tfrecord")):
         raise UserError(f"{folder}: TFRecord shards without <name>.txt or <name>.index, which tells what is where")
     names = next((folder / name for name in NAME_LISTS if (folder / name).is_file()), None)
-    return read_class_folders(folder) if names is None else open_images(names, root)
+    if names is not None:
+        return open_images(names, root)
+    return open_blocks(folder) or read_class_folders(folder)
 
 
 def _indices(folder: Path) -> list[Path]:

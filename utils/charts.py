@@ -1,4 +1,5 @@
-"""Small charts as inline SVG. Colours are CSS variables of the report, so that they follow its light and dark theme.
+"""Small charts as inline SVG for HTML reports. Colours are CSS variables of `utils/page.css`, so that they follow its
+light and dark theme.
 
 Every chart is a function from numbers to a string; x and y are in the units of the data, everything else in pixels of
 the drawing (which scales with the page).
@@ -11,8 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
-WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44
+WIDTH, HEIGHT = 480, 280  # small, so that the text stays readable on a phone
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 46
 MAX_POINTS = 240
 
 
@@ -31,45 +32,46 @@ def number(value: float) -> str:
     """A tick label: up to four significant digits, thousands shortened to k."""
     if abs(value) >= 10_000 and value % 1000 == 0:
         return f"{value / 1000:g}k"
-    return f"{value:.4g}"
+    return f"{value:.4g}".replace("e-0", "e-")
 
 
-class _Axes:
-    """Maps data to pixels and draws the frame; x may run backwards (diffusion time falls during sampling)."""
+class Axes:
+    """Maps data to pixels and draws the frame; x may run backwards (diffusion time falls during sampling).
+
+    On a logarithmic axis the range is positive, and values below it stand at its lower end.
+    """
 
     def __init__(
-        self, x_range: tuple[float, float], y_range: tuple[float, float], x_label: str, y_label: str, log_y: bool
-    ):
-        self.x_range, self.log_y = x_range, log_y
-        self.y_range = tuple(math.log10(v) for v in y_range) if log_y else y_range
+        self,
+        x_range: tuple[float, float],
+        y_range: tuple[float, float],
+        x_label: str,
+        y_label: str,
+        *,
+        log_x: bool = False,
+        log_y: bool = False,
+    ) -> None:
+        self.x_range, self.y_range = x_range, y_range
+        self.log_x, self.log_y = log_x, log_y
         self.labels = (x_label, y_label)
 
     def x(self, value: float) -> float:
-        low, high = self.x_range
-        return LEFT + (value - low) / ((high - low) or 1) * (WIDTH - LEFT - RIGHT)
+        return LEFT + _share(value, self.x_range, self.log_x) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        low, high = self.y_range
-        value = math.log10(max(value, 1e-12)) if self.log_y else value
-        return HEIGHT - BOTTOM - (value - low) / ((high - low) or 1) * (HEIGHT - BOTTOM - TOP)
+        return HEIGHT - BOTTOM - _share(value, self.y_range, self.log_y) * (HEIGHT - BOTTOM - TOP)
 
     def path(self, xs: Sequence[float], ys: Sequence[float]) -> str:
         return "M" + "L".join(f"{self.x(a):.1f},{self.y(b):.1f}" for a, b in zip(xs, ys, strict=True))
 
-    def frame(self, x_ticks: Sequence[float] | None = None) -> str:
-        x_low, x_high = sorted(self.x_range)
-        if self.log_y:
-            low, high = (10**v for v in self.y_range)
-            decades = range(math.floor(self.y_range[0]), math.ceil(self.y_range[1]) + 1)
-            y_ticks = [m * 10.0**d for d in decades for m in (1, 2, 5) if low * 0.999 <= m * 10.0**d <= high * 1.001]
-        else:
-            y_ticks = ticks(*self.y_range)
+    def frame(self, x_ticks: Sequence[float] | None = None, y_ticks: Sequence[float] | None = None) -> str:
+        """Grid, tick labels and axis names; the ticks are round numbers where none are given."""
         parts = []
-        for value in y_ticks:
+        for value in _ticks(self.y_range, self.log_y) if y_ticks is None else y_ticks:
             y = self.y(value)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
-        for value in ticks(x_low, x_high) if x_ticks is None else x_ticks:
+        for value in _ticks(self.x_range, self.log_x) if x_ticks is None else x_ticks:
             label = f'<text class="tick" x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
             parts.append(f"{label}{number(value)}</text>")
         base = HEIGHT - BOTTOM
@@ -83,7 +85,24 @@ class _Axes:
         return "".join(parts)
 
 
-def _svg(body: str, title: str) -> str:
+def _share(value: float, span: tuple[float, float], log: bool) -> float:
+    """How far along its axis a value stands: 0 at the first end, 1 at the second."""
+    low, high = span
+    if log:
+        low, high, value = math.log10(low), math.log10(high), math.log10(max(value, min(span)))
+    return (value - low) / ((high - low) or 1)
+
+
+def _ticks(span: tuple[float, float], log: bool) -> list[float]:
+    low, high = sorted(span)
+    if not log:
+        return ticks(low, high)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    multiples = (1,) if math.log10(high / low) > 2.5 else (1, 2, 5)
+    return [m * 10.0**d for d in decades for m in multiples if low * 0.999 <= m * 10.0**d <= high * 1.001]
+
+
+def svg(body: str, title: str) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
 
 
@@ -130,13 +149,13 @@ def lines(
     if log_y:
         low, high = low * 0.9, high * 1.1
     x_range = (min(xs[0] for xs, _ in curves.values()), max(xs[-1] for xs, _ in curves.values()))
-    axes = _Axes(x_range, (low - margin, high + margin), x_label, y_label, log_y)
+    axes = Axes(x_range, (low - margin, high + margin), x_label, y_label, log_y=log_y)
     body = axes.frame()
     for name, (xs, ys) in curves.items():
         style = f'style="stroke:var({colours[name]})"'
         body += f'<path class="raw" {style} d="{axes.path(xs, ys)}"/>'
         body += f'<path class="curve" {style} d="{axes.path(xs, smooth(ys))}"><title>{escape(name)}</title></path>'
-    return _svg(body, title) + (legend({name: colours[name] for name in curves}) if len(curves) > 1 else "")
+    return svg(body, title) + (legend({name: colours[name] for name in curves}) if len(curves) > 1 else "")
 
 
 def legend(names: Mapping[str, str]) -> str:
@@ -147,7 +166,7 @@ def legend(names: Mapping[str, str]) -> str:
     return f'<div class="legend">{items}</div>'
 
 
-def map_changes(timesteps: Sequence[int], d: np.ndarray, threshold: float) -> str:
+def map_changes(timesteps: Sequence[int], d: np.ndarray, threshold: float, colour: str = "--c1") -> str:
     """The series d_t of UIFace's first stage: d (steps, samples) over diffusion time, which falls from left to right.
 
     Faint: single samples. Strong: their median. Dashed: the threshold under which a sample switches.
@@ -157,44 +176,46 @@ def map_changes(timesteps: Sequence[int], d: np.ndarray, threshold: float) -> st
     if positive.size == 0 or len(timesteps) < 2:
         return '<p class="note">No values were recorded.</p>'
     low, high = min(float(positive.min()), threshold or np.inf) * 0.85, max(float(positive.max()), threshold) * 1.15
-    axes = _Axes((max(timesteps), min(timesteps)), (low, high), "diffusion timestep t", "change of the map, d_t", True)
+    axes = Axes(
+        (max(timesteps), min(timesteps)), (low, high), "diffusion timestep t", "change of the map, d_t", log_y=True
+    )
     shown = d[:, np.linspace(0, d.shape[1] - 1, min(60, d.shape[1])).astype(int)]
     body = axes.frame()
     for column in shown.T:
         good = column > 0
-        body += f'<path class="strand" d="{axes.path(np.asarray(timesteps)[good], column[good])}"/>'
+        strand = axes.path(np.asarray(timesteps)[good], column[good])
+        body += f'<path class="strand" style="stroke:var({colour})" d="{strand}"/>'
     middle = np.median(d, axis=1)
-    body += (
-        f'<path class="curve" style="stroke:var(--two)" d="{axes.path(timesteps, middle)}"><title>median</title></path>'
-    )
+    body += f'<path class="curve" style="stroke:var({colour})" d="{axes.path(timesteps, middle)}">'
+    body += "<title>median</title></path>"
     if threshold > 0:
         y = axes.y(threshold)
         body += f'<line class="threshold" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         body += f'<text class="tick" x="{WIDTH - RIGHT - 4}" y="{y - 6:.1f}" text-anchor="end">'
         body += f"threshold {threshold:.3g}</text>"
-    return _svg(body, "d_t of every sample over diffusion time")
+    return svg(body, "d_t of every sample over diffusion time")
 
 
-def switch_histogram(timesteps: Sequence[int], switch_t: Sequence[int]) -> str:
+def switch_histogram(timesteps: Sequence[int], switch_t: Sequence[int], colour: str = "--c1") -> str:
     """How many samples switched at each stage-1 timestep; those that never did (-1) stand at the right, in grey."""
     switch_t = np.asarray(switch_t, int)
     slots = [*sorted(set(timesteps), reverse=True), -1]
     counts = [int((switch_t == slot).sum()) for slot in slots]
-    axes = _Axes((0, len(slots)), (0, max(1, *counts) * 1.06), "timestep of the switch", "samples", False)
+    axes = Axes((0, len(slots)), (0, max(1, *counts) * 1.06), "timestep of the switch", "samples")
     stride = max(1, len(slots) // 6)
     body = axes.frame(x_ticks=[])
     for i, (slot, count) in enumerate(zip(slots, counts, strict=True)):
         x, width = axes.x(i + 0.12), axes.x(0.76) - axes.x(0)
         name = "never" if slot < 0 else str(slot)
         if count:
-            colour = "--muted" if slot < 0 else "--two"
             body += f'<rect x="{x:.1f}" y="{axes.y(count):.1f}" width="{width:.1f}" rx="1.5" '
-            body += f'height="{HEIGHT - BOTTOM - axes.y(count):.1f}" style="fill:var({colour})">'
+            body += f'height="{HEIGHT - BOTTOM - axes.y(count):.1f}" '
+            body += f'style="fill:var({"--muted" if slot < 0 else colour})">'
             body += f"<title>{name}: {count} samples</title></rect>"
-        if slot < 0 or (i % stride == 0 and i < len(slots) - 2):
+        if slot < 0 or (i % stride == 0 and (stride == 1 or i < len(slots) - 2)):
             body += f'<text class="tick" x="{x + width / 2:.1f}" y="{HEIGHT - BOTTOM + 18}" '
             body += f'text-anchor="middle">{name}</text>'
-    return _svg(body, "histogram of the timesteps at which samples switched")
+    return svg(body, "histogram of the timesteps at which samples switched")
 
 
 def accuracy_bars(rows: Sequence[tuple[str, str, float, float]], *, low: float = 0.5, high: float = 1.0) -> str:
