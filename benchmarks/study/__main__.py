@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study`: draw, prepare, measure, train and test every variant, then study.md, .json and .png.
+"""`python -m benchmarks.study`: draw, prepare, evaluate, train and test every variant; table, picture, report.
 
 Settings: configs/study_config.yaml. A stopped study goes on with the same command; a complete one rewrites its table.
 """
@@ -15,6 +15,8 @@ from benchmarks.study.settings import check
 from utils.checkpoint import write_json, write_text
 from utils.config import entry_point
 
+FILES = ("study.md", "study.json", "study.png", "report.html")
+
 
 @entry_point("study_config")
 def main(cfg: DictConfig) -> None:
@@ -25,8 +27,9 @@ def main(cfg: DictConfig) -> None:
         write_text(output_dir / "study.md", markdown(done))
         write_json(output_dir / "study.json", to_json(done))
         plot_study(done, output_dir / "study.png")
+    study.write_report(done, output_dir / "report.html")
     sys.stdout.write(f"\n{markdown(done)}\n")
-    sys.stdout.write("".join(f"{output_dir / name}\n" for name in ("study.md", "study.json", "study.png")))
+    sys.stdout.write("".join(f"{output_dir / name}\n" for name in FILES))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,40 +38,31 @@ class VariantResult:
         return statistics.stdev(self.accuracy.values()) if len(self.accuracy) > 1 else None
 
 
-@dataclass
-class StudyResult:
-    """The variants that are complete, in their order, and what consistency was measured with."""
-
-    variants: list[VariantResult]
-    r: float  # cosine distance
-    fmr: float | None  # that r was calibrated at, on impostor pairs of the training people; None: r was given
-
-
-def to_json(study: StudyResult) -> dict[str, Any]:
+def to_json(variants: Sequence[VariantResult]) -> dict[str, Any]:
     """What study.json holds."""
     rows = [
         {
             **vars(row),
             "accuracy": {"mean": row.mean, "std": row.std, "num_seeds": len(row.accuracy), "by_seed": row.accuracy},
         }
-        for row in study.variants
+        for row in variants
     ]
-    return {"variants": rows, "r": study.r, "fmr": study.fmr, "seconds": sum(row.seconds for row in study.variants)}
+    return {"variants": rows, "seconds": sum(row.seconds for row in variants)}
 
 
-def markdown(study: StudyResult) -> str:
-    """A row a variant, and below what the figures are."""
-    if not study.variants:
+def markdown(variants: Sequence[VariantResult]) -> str:
+    """A row a variant that is complete, and below what the figures are."""
+    if not variants:
         return "No variant is complete for all of these seeds.\n"
-    shown = [key for key in COLUMNS if any(row.metrics.get(key) is not None for row in study.variants)]
+    shown = [key for key in COLUMNS if any(row.metrics.get(key) is not None for row in variants)]
     head = ["sampler", "accuracy, %", "seeds", *(DEFINITIONS[key].title for key in shown), "published, %"]
     lines = [head, ["---"] * len(head)]
-    for row in study.variants:
+    for row in variants:
         published = "" if row.published is None else f"{row.published['mean']:.2f}"
         figures = [figure(row.metrics, key) for key in shown]
         lines.append([row.title, percent(row.mean, row.std), str(len(row.accuracy)), *figures, published])
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    return table + "".join(f"\n{note}\n" for note in notes(study))
+    return table + "".join(f"\n{note}\n" for note in notes(variants))
 
 
 def percent(mean: float, std: float | None) -> str:
@@ -88,20 +79,17 @@ def figure(metrics: Mapping[str, float | int | None], key: str) -> str:
     return text.format(factor * value)
 
 
-def notes(study: StudyResult) -> list[str]:
+def notes(variants: Sequence[VariantResult]) -> list[str]:
     """What was done and how to read it."""
-    first = study.variants[0]
-    sizes = {
-        f"{row.metrics['num_identities']:,} people, {row.metrics['num_images']:,} images" for row in study.variants
-    }
-    measured = "as given" if study.fmr is None else f"1 - the cosine at a false match rate of {100 * study.fmr:g} %"
+    first = variants[0]
+    sizes = {f"{row.metrics['num_identities']:,} people, {row.metrics['num_images']:,} images" for row in variants}
     found = [
         f"Accuracy: {', '.join(first.sets)}, {first.num_pairs:,} pairs; mean ± standard deviation (n - 1) over the "
         f"recogniser's seeds ({', '.join(first.accuracy)}). Each sampler drew once ({'; '.join(sizes)}), for the same "
         "people and from the same noise: the spread says nothing about another draw.",
-        f"C_intra, U_class and leaked identities: r = {study.r:.3f}, {measured}.",
+        f"C_intra, U_class and leaked identities are for r = {first.metrics['radius']:.3f}.",
     ]
-    sources = {f"{row.published['name']}: {row.published['source']}" for row in study.variants if row.published}
+    sources = {f"{row.published['name']}: {row.published['source']}" for row in variants if row.published}
     if sources:
         found.append(
             "Published: mean of LFW, CFP-FP, CPLFW, AgeDB-30 and CALFW from half a million images, another model and "

@@ -3,7 +3,7 @@
 Folders below output_dir, for every variant:
     <variant>/settings.json       what it is made with; other settings are refused
     <variant>/samples/            as sample.py wrote them     faces/       aligned, where align.py runs
-    <variant>/embeddings/         of the faces                metrics.json what is measured of them
+    <variant>/evaluation/         what evaluate.py finds in them, and its report
     <variant>/recognisers/seed_0/ ...                         tests/       of all seeds
     <variant>/stages/             stamps: seconds and commands
 """
@@ -11,14 +11,16 @@ Folders below output_dir, for every variant:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.study.metrics import measure_faces
-from benchmarks.study.results import StudyResult, VariantResult
+from benchmarks.study.results import VariantResult
 from benchmarks.study.settings import Plan, Variant
+from evaluation.report import write_report
+from evaluation.results import SetResult
 from recognition.test import read_results
 from recognition.training_outputs import BACKBONE_FILE
 from utils.checkpoint import write_json
@@ -30,7 +32,7 @@ from utils.stages import Commands, StageRecord, Stages, path_for_scripts
 
 log = get_logger(__name__)
 
-SETTINGS, METRICS, RESULT = "settings.json", "metrics.json", "result.json"
+SETTINGS, RESULT = "settings.json", "result.json"
 AGAIN = "`python -m benchmarks.study`"
 
 
@@ -45,7 +47,7 @@ class Study:
         for variant in plan.variants:
             self._check_folder(variant)
 
-    def run(self) -> Iterator[StudyResult]:
+    def run(self) -> Iterator[list[VariantResult]]:
         """Run the chosen variants; after each, the results of all variants that are complete."""
         for variant in self.plan.chosen:
             lock = FolderLock(self.output_dir / variant.name, "output_dir")
@@ -56,6 +58,13 @@ class Study:
             finally:
                 lock.release()
             yield self._collect()
+
+    def write_report(self, done: Sequence[VariantResult], path: Path) -> None:
+        """One report of the faces of all these variants, side by side; none where there are none."""
+        folders = {row.title: self.output_dir / row.name / "evaluation" / row.name for row in done}
+        results = [replace(SetResult.load(folder), name=title) for title, folder in folders.items()]
+        if results:
+            write_report(results, path)
 
     def _check_folder(self, variant: Variant) -> None:
         file = self.output_dir / variant.name / SETTINGS
@@ -68,7 +77,7 @@ class Study:
                 "output_dir, or delete that folder to do it anew"
             )
 
-    def _collect(self) -> StudyResult:
+    def _collect(self) -> list[VariantResult]:
         """Results of the variants that have been trained with all the seeds, in their order."""
         found = []
         for variant in self.plan.variants:
@@ -77,8 +86,7 @@ class Study:
                 result = VariantResult(**json.loads(file.read_text(encoding="utf-8")))
                 if list(result.accuracy) == [str(seed) for seed in self.plan.options.seeds]:
                     found.append(result)
-        given = self.plan.options.metrics
-        return StudyResult(found, self.plan.reference.r, given.fmr if given.r is None else None)
+        return found
 
 
 class VariantRun:
@@ -101,7 +109,7 @@ class VariantRun:
         self._sample(stages)
         if self.plan.align is not None:
             self._align(stages)
-        self._measure(stages)
+        self._evaluate(stages)
         for seed in self.plan.options.seeds:
             self._train(seed)
         self._test()
@@ -113,7 +121,7 @@ class VariantRun:
             accuracy=dict(zip(map(str, self.plan.options.seeds), self._accuracy(), strict=True)),
             sets=list(tested),
             num_pairs=sum(found["num_genuine"] + found["num_impostor"] for found in tested.values()),
-            metrics=json.loads((self.folder / METRICS).read_text(encoding="utf-8")),
+            metrics=self._figures(),
             seconds=sum(record.seconds for record in self.records),
             published=None if row is None else {"name": row.name, "mean": row.mean, "source": row.source},
         )
@@ -141,25 +149,21 @@ class VariantRun:
         title = f"{self.variant.title}: align them"
         self.records.append(stages.run("align", title, self.plan.align, ["faces"], work))
 
-    def _measure(self, stages: Stages) -> None:
-        options = self.plan.options
-
+    def _evaluate(self, stages: Stages) -> None:
         def work(run: Commands) -> str:
-            checkpoint = {"embedder": options.embed.embedder, "checkpoint": path_for_scripts(options.embed.checkpoint)}
-            folders = {"input_dir": self.path(self.faces), "output_dir": self.path("embeddings")}
-            run.script("encode.py", checkpoint, folders, **self._shared)
-            found = measure_faces(
-                self.folder / "embeddings/embeddings.npy",
-                self.folder / "samples/manifest.jsonl",
-                self.plan.reference,
-                options.metrics,
-            )
-            write_json(self.folder / METRICS, found)
+            own = {"root": self.path(self.faces), "name": self.variant.name, "samples_dir": self.path("samples")}
+            folders = {"data": own, "output_dir": self.path("evaluation")}
+            run.script("evaluate.py", self.plan.evaluate, folders, **self._shared)
+            found = self._figures()
             return f"C_intra {100 * found['c_intra']:.1f} %, U_class {100 * found['u_class']:.1f} %"
 
-        title = f"{self.variant.title}: embed and measure them"
-        key = [vars(options.embed), vars(options.metrics), self.plan.inputs]
-        self.records.append(stages.run("measure", title, key, ["embeddings", METRICS], work))
+        title = f"{self.variant.title}: evaluate them"
+        self.records.append(stages.run("evaluate", title, self.plan.evaluate, ["evaluation"], work))
+
+    def _figures(self) -> dict[str, float | int | None]:
+        """By the keys of evaluation.definitions."""
+        found = json.loads((self.folder / "evaluation/metrics.json").read_text(encoding="utf-8"))
+        return found["sets"][self.variant.name]["metrics"]
 
     def _train(self, seed: int) -> None:
         name = f"seed_{seed}"

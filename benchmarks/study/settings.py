@@ -11,18 +11,24 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from benchmarks.study.metrics import MetricSettings, Reference, read_reference
 from diffusion.generator import CheckpointChoice, FaceGenerator, load_generator
 from diffusion.identities import load_identities
 from diffusion.sampling_settings import SamplingSettings, check_settings, fixed_settings
+from evaluation.settings import EvaluationSettings
 from recognition.published import ROWS, PublishedRow
 from utils import distributed
 from utils.checkpoint import file_sha256
-from utils.config import UserError, compose, existing_file, instantiate, plain, settings
+from utils.config import UserError, compose, instantiate, plain, settings
 from utils.stages import overrides, path_for_scripts
 
 HALF_MILLION = ("10k x 50", "0.5 M")  # how recognition.published calls the size that variants compare with
-SECTIONS = ("sample", "align", "train", "test")  # handed to the scripts
+SECTIONS = ("sample", "align", "evaluate", "train", "test")  # handed to the scripts
+# Keys of the sections that name what is measured on or by
+INPUTS = (
+    *("evaluate.embedder.checkpoint", "evaluate.real.embeddings_file", "evaluate.real.root"),
+    *("test.pairs_file", "test.dataset.root", "test.bin_file", "test.benchmarks_dir", "test.rfw_dir"),
+)
+HINT = "a finished `make demo` has one (demo_dir), or give the path"
 CHOICES = "choices"  # the key of a section that holds config groups
 
 
@@ -36,14 +42,6 @@ class VariantSettings:
 
 
 @dataclass
-class EmbedSettings:
-    """The section `embed`: encode.py's embedder."""
-
-    checkpoint: str
-    embedder: str = "own"
-
-
-@dataclass
 class StudySettings:
     """The top level of study_config.yaml but for what is handed to the scripts."""
 
@@ -52,21 +50,19 @@ class StudySettings:
     decoder: str | None
     contexts: str
     variants: dict[str, VariantSettings]
-    embed: EmbedSettings
     demo_dir: str | None = None  # where the configuration's default paths are
-    training_embeddings: str | None = None
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     processes: int = 2
     only: list[str] | None = None
-    metrics: MetricSettings = field(default_factory=MetricSettings)
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"seeds: {self.seeds}; one or more different whole numbers are wanted, as in seeds=[0,1,2]")
         if self.processes < 1:
             raise UserError(f"processes: {self.processes}; give at least 1")
-        if self.training_embeddings is None and self.metrics.r is None:
-            raise UserError("metrics.r: not set, and without training_embeddings it cannot be calibrated; give either")
+        titles = [variant.title for variant in self.variants.values()]
+        if len(set(titles)) != len(titles):
+            raise UserError(f"variants: the titles {', '.join(titles)} are not all different")
         unknown = [name for name in self.only or [] if name not in self.variants]
         if unknown or self.only == []:
             raise UserError(f"only: {unknown or self.only}; the variants are {', '.join(self.variants)}")
@@ -90,9 +86,9 @@ class Plan:
     options: StudySettings
     variants: list[Variant]
     align: list[str] | None  # align.py's overrides; None: faces are aligned as drawn
+    evaluate: list[str]  # evaluate.py's but for folders
     train: list[str]  # recognition.train's but for folders and seed
     test: list[str]  # recognition.test's but for networks and folder
-    reference: Reference
     inputs: dict[str, str]  # hashes of the files that decide about the figures
 
     @property
@@ -106,8 +102,7 @@ class Plan:
         return {
             "sample": variant.drawn_with,
             "align": self.align,
-            "embed": vars(options.embed),
-            "metrics": vars(options.metrics),
+            "evaluate": self.evaluate,
             "train": self.train,
             "processes": options.processes,  # batch sizes are a process's own
             "test": self.test,
@@ -127,38 +122,37 @@ def check(cfg: DictConfig) -> Plan:
         raise UserError(f"{missing[0]}: not set; give {missing[0]}=VALUE on the command line")
     sections = {name: plain(cfg[name]) for name in SECTIONS}
     published = {name: _published(name, variant.published) for name, variant in own.variants.items()}
-    hint = "a finished `make demo` has one (demo_dir), or give the path"
     for key, path in (("contexts", own.contexts), ("checkpoint", own.checkpoint)):
         if not Path(path).expanduser().exists():
-            raise UserError(f"{key}: no such file or folder: {path}; {hint}")
-    embedder = existing_file(own.embed.checkpoint, "embed.checkpoint", hint)
-    training = own.training_embeddings and existing_file(own.training_embeddings, "training_embeddings", hint)
-    inputs = {"embed.checkpoint": file_sha256(embedder)}
-    if training is not None:
-        inputs["training_embeddings"] = file_sha256(training)
-    inputs |= _test_inputs(sections["test"])
-
-    train, test = _script(sections["train"], "train"), _script(sections["test"], "test")
-    nowhere = ["output_dir=none"]
-    compose("recognition_train_config", [*train, *nowhere], "train")
-    compose("recognition_test_config", [*test, *nowhere, "checkpoint=none"], "test")
-    align = None if sections["align"] is None else _script(sections["align"], "align")
-    if align is not None:
-        compose("align_config", [*align, *nowhere, "input_dir=none"], "align")
-    return Plan(
-        own,
-        _variants(own, sections["sample"], published),
-        align,
-        train,
-        test,
-        read_reference(own.metrics, training),
-        inputs,
-    )
+            raise UserError(f"{key}: no such file or folder: {path}; {HINT}")
+    inputs = _inputs(sections)
+    if not any(key.startswith("test.") for key in inputs):
+        raise UserError("test: names no set; give test.pairs_file and test.dataset.root, or test.benchmarks_dir")
+    scripts = {name: _script(section, name) for name, section in sections.items() if (name, section) != ("align", None)}
+    variants = _variants(own, scripts.pop("sample"), published)
+    _check_scripts(scripts)
+    return Plan(own, variants, scripts.get("align"), scripts["evaluate"], scripts["train"], scripts["test"], inputs)
 
 
-def _variants(
-    own: StudySettings, section: Mapping[str, Any], published: Mapping[str, PublishedRow | None]
-) -> list[Variant]:
+def _check_scripts(scripts: Mapping[str, list[str]]) -> None:
+    """UserError for overrides that a script would not take."""
+    for name, config, own in (
+        ("align", "align_config", ["input_dir=faces"]),
+        ("evaluate", "evaluate_config", ["data.root=faces"]),
+        ("train", "recognition_train_config", ["dataset.root=faces"]),
+        ("test", "recognition_test_config", ["checkpoint=null"]),
+    ):
+        if name in scripts:
+            cfg = compose(config, [*scripts[name], *own, "output_dir=study"], name)
+            if name == "evaluate":
+                options = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in ("embedder", "features")])
+                try:
+                    settings(options, EvaluationSettings, "").check()
+                except UserError as error:
+                    raise UserError(f"{name}: {error}") from error
+
+
+def _variants(own: StudySettings, shared: list[str], published: Mapping[str, PublishedRow | None]) -> list[Variant]:
     """Every variant's sampler, checked against the model and the contexts."""
     given = {
         "checkpoint.path": path_for_scripts(own.checkpoint),
@@ -169,7 +163,7 @@ def _variants(
     generators: dict[str, FaceGenerator] = {}
     for name, variant in own.variants.items():
         key = f"variants.{name}.overrides"
-        arguments = [*overrides(given), *_script(section, "sample"), *variant.overrides]
+        arguments = [*overrides(given), *shared, *variant.overrides]
         cfg = compose("sample_ddim_config", arguments, key)
         try:
             drawn_with = _drawn_with(cfg, generators)
@@ -210,21 +204,20 @@ def _published(variant: str, name: str | None) -> PublishedRow | None:
 
 
 def _script(section: Mapping[str, Any], key: str) -> list[str]:
-    """A section as overrides of its script, config groups first."""
+    """A section as overrides of its script, config groups first. UserError where it is none."""
     if not isinstance(section, Mapping):
         raise UserError(f"{key}: {section!r}; a section of the script's keys is wanted")
     rest = {name: value for name, value in section.items() if name != CHOICES}
     return [*overrides(section.get(CHOICES) or {}), *overrides(rest)]
 
 
-def _test_inputs(section: Mapping[str, Any]) -> dict[str, str]:
-    """Hashes of the lists and files of images that the section `test` names; a folder's, of its files' names and sizes.
+def _inputs(sections: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of the files that INPUTS name, where they are set; a folder's, of its files' names and sizes.
 
     UserError for a path that does not exist.
     """
-    named = {key: section.get(key) for key in ("pairs_file", "bin_file", "benchmarks_dir", "rfw_dir")}
-    named["dataset.root"] = (section.get("dataset") or {}).get("root")
-    named = {f"test.{key}": value for key, value in named.items() if value is not None}
+    cfg = OmegaConf.create(dict(sections))
+    named = {key: value for key in INPUTS if (value := OmegaConf.select(cfg, key)) is not None}
     found = {}
     for key, value in named.items():
         path = Path(str(value)).expanduser()
@@ -234,7 +227,5 @@ def _test_inputs(section: Mapping[str, Any]) -> dict[str, str]:
             files = sorted((f.relative_to(path).as_posix(), f.stat().st_size) for f in path.rglob("*") if f.is_file())
             found[key] = hashlib.sha256(str(files).encode()).hexdigest()
         else:
-            raise UserError(f"{key}: no such file or folder: {value}")
-    if not found:
-        raise UserError("test: names no set; give test.pairs_file and test.dataset.root, or test.benchmarks_dir")
+            raise UserError(f"{key}: no such file or folder: {value}; {HINT}")
     return found
