@@ -17,10 +17,10 @@ import torch
 from omegaconf import DictConfig
 
 from demo import people
-from demo.stages import ROOT, Commands, Stages
 from utils.config import UserError, check_keys, plain, settings
 from utils.contexts import gaussian_contexts, read_contexts, write_rows
 from utils.images import default_threads, list_images
+from utils.stages import Commands, Stages, path_for_scripts
 
 SCRIPTS = ("render", "align", "recogniser", "autoencoder", "diffusion", "sampling", "two_stage", "one_stage")
 GENERATED = ("two_stage", "one_stage")
@@ -72,15 +72,14 @@ class Pipeline:
         self.reference = "rendered" if self.data is None else "real"
         self.sets = (self.reference, *GENERATED)
         self.output_dir = output_dir
-        self.stages = Stages(output_dir, default_threads())
+        self.stages = Stages(output_dir, default_threads(), "`make demo`")
         needed = 2 * self.pairs.folds
         if self.data is None and self.people.test < needed:
             raise UserError(f"people.test: {self.people.test}; {self.pairs.folds} folds need at least {needed} people")
 
     def path(self, name: str) -> str:
-        """A path below output_dir, as the scripts take it: relative to the project's folder where it can be."""
-        path = self.output_dir.resolve() / name
-        return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+        """A path below output_dir, as the scripts take it."""
+        return path_for_scripts(self.output_dir / name)
 
     def run(self) -> None:
         """All stages but the report."""

@@ -36,7 +36,7 @@ def test_every_entry_point_composes(compose, name):
 def test_every_group_is_used_by_a_test_below():
     tested = {"model", "diffusion", "sampler", "dataset", "optimizer", "lr_scheduler", "ema", "autoencoder", "backbone"}
     assert {path.parent.name for path in GROUPS} == tested | {
-        *("head", "source", "embedder", "augment", "lr_schedule", "features")
+        *("head", "source", "embedder", "augment", "lr_schedule", "features", "scale")
     }
 
 
@@ -126,6 +126,12 @@ def test_the_small_recogniser_takes_other_groups_as_they_are(compose):
         groups = [f"augment={augment}", f"head={head}", f"lr_schedule@training.lr_schedule={schedule}"]
         alone = chosen(*groups, "training.lr_schedule.warmup_epochs=1")
         assert chosen("experiment=recognition_cpu", *groups) == alone
+
+
+@pytest.mark.parametrize("name", group("scale"))
+def test_sizes_of_a_study_have_all_sections(compose, name):
+    cfg = compose("study_config", f"scale={name}", "checkpoint=model", "test.benchmarks_dir=null")
+    assert {"sample", "align", "train", "test"} <= set(cfg) and cfg.sample.sampling.image_size == 112
 
 
 @pytest.mark.parametrize("name", group("ema"))

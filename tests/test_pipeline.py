@@ -11,12 +11,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from demo import people, stages
+from demo import people
 from demo.collect import write_report
 from demo.pipeline import Pipeline
-from demo.stages import Stages, overrides, to_text
+from utils import stages
 from utils.config import CONFIG_DIR, UserError
 from utils.images import write_image
+from utils.stages import Stages, overrides, to_text
 
 TINY = {
     "processes": 1,
@@ -129,7 +130,7 @@ def note(log, name):
 
 
 def run_two(folder, log, first="a", second="b", broken=False):
-    line = Stages(folder, 1)
+    line = Stages(folder, 1, "`make demo`")
 
     def fail(run):
         (folder / "two").mkdir(exist_ok=True)
@@ -168,8 +169,9 @@ def test_a_stopped_stage_keeps_what_it_has(tmp_path):
 
 def test_a_failing_script_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "start", lambda arguments, threads: 2)
-    line = Stages(tmp_path, 1)
-    with pytest.raises(UserError, match=r"stage 'x': its command ended with status 2: python main\.py a=1"):
+    line = Stages(tmp_path, 1, "`make demo`")
+    told = r"stage 'x': its command ended with status 2: python main\.py a=1 .* the same `make demo`"
+    with pytest.raises(UserError, match=told):
         line.run("x", "X", None, [], lambda run: run.script("main.py", {"a": 1}))
 
 

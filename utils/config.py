@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -177,13 +177,30 @@ def _describe_composition_error(error: Exception, config_name: str) -> str:
     return "; ".join(line for line in lines if not line.startswith(("full_key:", "object_type=")))
 
 
-def _known_keys(config_name: str) -> list[str]:
-    """All dotted keys of the configuration as it is without any override."""
+def compose(config_name: str, overrides: Sequence[str], key: str) -> DictConfig:
+    """`configs/<config_name>.yaml` with these overrides, as the entry point gets it; nothing is run.
+
+    Raises UserError where they do not compose; the message begins with `key`, the setting that they come from.
+    """
+    try:
+        return _compose(config_name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{key}: {_describe_composition_error(error, config_name)}") from error
+
+
+def _compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        cfg = hydra.compose(config_name)
-    GlobalHydra.instance().hydra = running
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return hydra.compose(config_name, list(overrides))
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def _known_keys(config_name: str) -> list[str]:
+    """All dotted keys of the configuration as it is without any override."""
+    cfg = _compose(config_name)
     keys: list[str] = []
 
     def walk(node: Any, prefix: str) -> None:

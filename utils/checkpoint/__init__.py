@@ -4,6 +4,7 @@ What network a file holds is told by `utils.networks`; `python -m utils.checkpoi
 """
 
 from utils.checkpoint.files import (
+    file_sha256,
     load_safetensors,
     load_torch,
     read_content,
@@ -34,6 +35,7 @@ __all__ = [
     "SCHEDULE_BUFFERS",
     "CheckpointFolder",
     "check_finite",
+    "file_sha256",
     "find_state_dict",
     "load_network_file",
     "load_safetensors",

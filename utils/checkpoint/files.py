@@ -1,6 +1,7 @@
 """Files: written whole or not at all, read without executing anything in them."""
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -52,6 +53,15 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_json(path: str | Path, value: Any) -> Path:
     """Write `value` as indented JSON, whole or not at all."""
     return write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; read a piece at a time. Raises OSError where it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def save_torch(obj: Any, path: str | Path) -> Path:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoint import write_atomically, write_json
+from utils.checkpoint import file_sha256, write_atomically, write_json
 from utils.data.face_dataset import FaceDataset
 from utils.logging import get_logger
 
@@ -76,7 +76,7 @@ def cached_latents(
             rows = _rows(number, len(dataset))
             latents = _encode(dataset, encoder, rows, batch_size, num_workers, device, bar)
             write_atomically(shards[number], lambda path, latents=latents: _write(path, latents))
-            write_json(shards[number].with_suffix(".json"), {"sha256": _digest(shards[number])})
+            write_json(shards[number].with_suffix(".json"), {"sha256": file_sha256(shards[number])})
     distributed.barrier()
     return LatentCache(shards, IMAGES_PER_SHARD)
 
@@ -94,7 +94,7 @@ def _claim(folder: Path, key: dict[str, Any], shards: Sequence[Path]) -> list[in
         record = path.with_suffix(".json")
         if not (path.is_file() and record.is_file()):
             todo.append(number)
-        elif json.loads(record.read_text(encoding="utf-8"))["sha256"] != _digest(path):
+        elif json.loads(record.read_text(encoding="utf-8"))["sha256"] != file_sha256(path):
             log.warning("%s: not the bytes that were written; it is made anew", path)
             todo.append(number)
     return todo
@@ -138,11 +138,3 @@ def _encode(
 def _write(path: Path, latents: np.ndarray) -> None:
     with path.open("wb") as file:
         np.save(file, latents)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Running the demo's stages: each one once, resumed when it was stopped, skipped when it is complete.
+"""Stages of a long run: each one once, resumed when it was stopped, skipped when it is complete.
 
 A stage runs scripts of the project as separate processes, as a user would. When it ends, a stamp in
 `<output_dir>/stages` keeps its fingerprint (its settings, and the fingerprints of the stages before it), seconds,
@@ -6,12 +6,14 @@ commands and outcome. A stage whose stamp carries another fingerprint starts ove
 every script resumes.
 """
 
+import ctypes
 import hashlib
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ from utils.logging import get_logger
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN_VALUE = re.compile(r"[A-Za-z0-9_./+-][A-Za-z0-9_./+ -]*(?<! )")
 RESERVED = ("null", "true", "false", "nan", "inf")
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 log = get_logger(__name__)
 
@@ -58,6 +61,12 @@ def overrides(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
+def path_for_scripts(path: str | Path) -> str:
+    """A path as the scripts take it, which run in the project's folder: relative to that where it is below it."""
+    path = Path(path).expanduser().resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def fingerprint(*parts: Any) -> str:
     """A short hash of JSON-able values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -78,11 +87,13 @@ class StageRecord:
 
 
 class Stages:
-    """The stages of one demo folder, in order."""
+    """The stages of one folder, in order."""
 
-    def __init__(self, output_dir: Path, threads: int) -> None:
+    def __init__(self, output_dir: Path, threads: int, again: str) -> None:
+        """`threads`: of all processes of a command together. `again`: the command that goes on, for messages."""
         self.output_dir = output_dir
         self.threads = threads
+        self.again = again
         self.records: list[StageRecord] = []
         self.ran = 0
         self._chain = ""
@@ -110,7 +121,7 @@ class Stages:
                 remove(self.output_dir / folder)
         log.info("[%d] %s%s", len(self.records) + 1, title, " (going on)" if record.attempts > 1 else "")
         write_json(stamp, vars(record))
-        commands = Commands(record, self.threads)
+        commands = Commands(record, self.threads, self.again)
         start = time.perf_counter()
         record.outcome = work(commands)
         record.seconds = round(time.perf_counter() - start, 2)
@@ -125,17 +136,19 @@ class Stages:
 class Commands:
     """Starts the project's scripts for one stage and notes their command lines."""
 
-    def __init__(self, record: StageRecord, threads: int) -> None:
+    def __init__(self, record: StageRecord, threads: int, again: str) -> None:
         self.record = record
         self.threads = threads
+        self.again = again
 
-    def script(self, script: str, *settings: Mapping[str, Any], processes: int = 1) -> None:
-        """`script` is a file (`main.py`) or a module (`-m recognition.train`); `settings` become its overrides.
+    def script(self, script: str, *settings: Mapping[str, Any] | Sequence[str], processes: int = 1) -> None:
+        """`script` is a file (`main.py`) or a module (`-m recognition.train`); `settings` become its overrides, or are.
 
         More than one of `processes` start it by torchrun and share the threads among them. Raises UserError when it
         fails; the script itself has said why.
         """
-        arguments = [*script.split(), *(item for tree in settings for item in overrides(tree))]
+        given = [overrides(part) if isinstance(part, Mapping) else part for part in settings]
+        arguments = [*script.split(), *(item for part in given for item in part)]
         shown = shlex.join(["python", *arguments])
         if processes > 1:
             launcher = ["--nproc_per_node", str(processes)]
@@ -149,14 +162,27 @@ class Commands:
         if status != 0:
             raise UserError(
                 f"stage {self.record.name!r}: its command ended with status {status}: {shown} -- once the "
-                "reason above is gone, the same `make demo` goes on from here"
+                f"reason above is gone, the same {self.again} goes on from here"
             )
 
 
 def start(arguments: Sequence[str], threads: int) -> int:
-    """Run `python <arguments>` in the project's folder with so many threads; its exit status."""
+    """Run `python <arguments>` in the project's folder with so many threads; its exit status.
+
+    On Linux it gets SIGTERM when this process dies, however that comes: the same command, given again, must not meet
+    what the dead one had begun.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, check=False).returncode
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False, preexec_fn=_end_with_parent()).returncode
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a new process calls before its program; None where the system does not offer it."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec it would not be safe
+    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def read_stamp(path: Path) -> StageRecord | None:
