@@ -55,7 +55,7 @@ def test_holds_every_identity_and_image(html, result):
     ]
     assert figures_[4] == "id_005" and figures_[6] == "person_001"
     table, rows = inflated(files), slice(4 * IMAGES, 5 * IMAGES)
-    assert [table["start"] + name for name in table["files"]] == result.images.files[rows].tolist()
+    assert (table["start"], table["files"]) == ("id_004/", ".png")  # the names are the numbers in `index`
     assert table["index"] == list(range(IMAGES)) and table["switch"] == result.images.switch_t[rows].tolist()
     assert table["cosine"] == pytest.approx(result.images.centre_cosine[rows], abs=6e-4)
     assert [int(seed) for seed in inflated(seeds)] == result.images.seed[rows].tolist()
@@ -66,6 +66,15 @@ def test_holds_every_identity_and_image(html, result):
     expected = pictures.resize(stripes(4, 3), 112).astype(float)
     assert abs(shown - expected).mean() < 6
     assert {name: len(faces) for name, faces in found["training"].items()} == {f"person_00{i}": 4 for i in range(3)}
+
+
+def test_names_that_are_not_their_numbers_are_all_said(tmp_path):
+    files = write_folders(tmp_path / "set", 2, 2)
+    result = evaluated("a", tmp_path / "set", files, seed=0)
+    result.images.index = result.images.index + 7
+    (found,) = data_of(write_report([result], tmp_path / "report.html").read_text())["sets"]
+    table = inflated(found["identities"][1][1])
+    assert (table["start"], table["files"], table["index"]) == ("id_001/", ["0.png", "1.png"], [7, 8])
 
 
 def test_needs_no_other_file_and_escapes(html):

@@ -5,6 +5,7 @@ const dialog = byId("identity");
 
 async function openIdentity(identity) {
   const table = identity.files ? await inflate(identity.files) : null;
+  if (table && typeof table.files === "string") table.files = table.index.map((number) => number + table.files);
   const seeds = identity.seeds ? await inflate(identity.seeds) : null;
   const grid = element("div", { class: "images" }, ...images(identity, table, seeds));
   dialog.replaceChildren(

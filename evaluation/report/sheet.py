@@ -29,7 +29,7 @@ ENDS = 24  # identities from both ends of every figure that come first
 STRIP = 8  # thumbnails in the sheet
 TRAINING_FACES = 4  # of the nearest training identity
 # The share of what is left that each level may take; a level that needs less leaves the rest to those after it.
-SHARES = {"figures": 0.4, "files": 0.4, "strips": 0.6, "seeds": 0.4, "pictures": 1.0}
+SHARES = {"figures": 0.4, "files": 0.5, "strips": 0.6, "seeds": 0.4, "pictures": 1.0}
 
 
 def to_json(value: Any) -> str:
@@ -169,10 +169,15 @@ class SetSheet:
         names = [str(name) for name in images.files[rows]]
         folders = {name.rpartition("/")[0] for name in names}
         start = f"{folders.pop()}/" if len(folders) == 1 and all("/" in name for name in names) else ""
+        files = [name[len(start) :] for name in names]
+        index = None if images.index is None else images.index[rows].tolist()
+        suffix = files[0].lstrip("0123456789") if files else ""
+        if index is not None and files == [f"{number}{suffix}" for number in index]:
+            files = suffix  # as sample.py and align.py name them: the numbers need not be said twice
         table = {
             "start": start,
-            "files": [name[len(start) :] for name in names],
-            "index": None if images.index is None else images.index[rows].tolist(),
+            "files": files,
+            "index": index,
             "cosine": [_number(value, 3) for value in images.centre_cosine[rows]],
             "switch": None if images.switch_t is None else images.switch_t[rows].tolist(),
             "copy": {
