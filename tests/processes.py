@@ -2,9 +2,10 @@
 
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import torch.distributed as dist
 from tests.conftest import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.processes", "recognition.training_loop", "sample"])
+CONTEXT.set_forkserver_preload(
+    ["tests.processes", "main", "train_autoencoder", "sample", "encode", "recognition.train", "recognition.test"]
+)
 
 
 def together(processes: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -51,23 +54,32 @@ def _work(rank: int, processes: int, folder: Path, function: Callable[..., Any],
     dist.destroy_process_group()
 
 
-def start_samplers(arguments: list[str], world: int, output: Path) -> list[BaseProcess]:
-    """sample.py in `world` processes as a launcher would start them; what they say goes to the file `output`."""
+def start_script(
+    script: str, arguments: Sequence[str], world: int, output: Path, errors: Path | None = None
+) -> list[BaseProcess]:
+    """A script (sample.py, recognition.train) in `world` processes, with the variables that a launcher sets.
+
+    What they say goes to the file `output`; standard error to `errors`, where one is given.
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    return _start(_run_sampler, [(arguments, rank, world, port, output) for rank in range(world)])
+    files = (output, errors or output)
+    return _start(_run_script, [(script, arguments, rank, world, port, files) for rank in range(world)])
 
 
-def _run_sampler(arguments: list[str], rank: int, world: int, port: int, output: Path) -> None:
-    import sample
-
+def _run_script(
+    script: str, arguments: Sequence[str], rank: int, world: int, port: int, files: tuple[Path, Path]
+) -> None:
     torch.set_num_threads(1)
-    said = os.open(output, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    for descriptor, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY), descriptor)
     if world > 1:
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in environment.items()}, MASTER_ADDR="127.0.0.1")
-    sys.argv = ["sample.py", *arguments]
-    sample.main()
+    os.chdir(ROOT)
+    sys.argv = [script, *arguments]
+    if script.endswith(".py"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)

@@ -20,7 +20,7 @@ import yaml
 import sample
 from diffusion.sample_writer import SampleWriter
 from tests.conftest import ROOT
-from tests.processes import start_samplers
+from tests.processes import start_script
 from tests.test_sample import files, manifest, one_thread, overrides, run  # noqa: F401 (fixtures)
 from utils import distributed, folder_lock
 from utils.alignment_job import plan
@@ -72,7 +72,9 @@ def test_killed_again_and_again_the_bytes_are_the_same(files, tmp_path, layout):
     whole, two, killed = (tmp_path / name / "out" for name in ("whole", "two", "killed"))
     run(files, whole, *words, "sampling.batch_size=8")
 
-    processes = start_samplers(overrides(files, two, *words, "sampling.batch_size=3"), 2, tmp_path / "two.txt")
+    processes = start_script(
+        "sample.py", overrides(files, two, *words, "sampling.batch_size=3"), 2, tmp_path / "two.txt"
+    )
     for process in processes:
         process.join(LIMIT)
     assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "two.txt").read_text()
@@ -83,7 +85,7 @@ def test_killed_again_and_again_the_bytes_are_the_same(files, tmp_path, layout):
     kills, most = 0, 4 if layout == "folders" else 2
     while kills < most:
         before = lines_so_far(killed)
-        processes = start_samplers(arguments, 3, output)
+        processes = start_script("sample.py", arguments, 3, output)
         wait_for_lines(killed, before + int(rng.integers(1, 9)), processes)
         time.sleep(rng.uniform(0, 0.05))
         if not all(process.is_alive() for process in processes):
@@ -97,7 +99,7 @@ def test_killed_again_and_again_the_bytes_are_the_same(files, tmp_path, layout):
         process.join(LIMIT)
     assert kills >= most // 2, output.read_text()
     assert kills == most or [process.exitcode for process in processes] == [0, 0, 0], output.read_text()
-    processes = start_samplers(arguments, 3, output)
+    processes = start_script("sample.py", arguments, 3, output)
     for process in processes:
         process.join(LIMIT)
     assert [process.exitcode for process in processes] == [0, 0, 0], output.read_text()
@@ -110,7 +112,7 @@ def test_killed_again_and_again_the_bytes_are_the_same(files, tmp_path, layout):
 def test_sigterm_ends_it_cleanly(files, tmp_path):  # noqa: F811
     out, output = tmp_path / "out", tmp_path / "output.txt"
     arguments = overrides(files, out, *FAST, "sampling.n_samples_per_context=20")
-    processes = start_samplers(arguments, 2, output)
+    processes = start_script("sample.py", arguments, 2, output)
     wait_for_lines(out, 5, processes)
     for process in processes:
         process.terminate()
