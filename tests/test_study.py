@@ -266,6 +266,15 @@ def test_bad_input_is_told_before_anything_runs(compose, arguments, scripts, tmp
     assert not scripts.commands and not (tmp_path / "study").exists() and "\n" not in str(told.value)
 
 
+def test_a_row_may_be_added(compose, arguments):
+    more = "+variants.guided={title: guided, overrides: ['sampler=ddim', 'sampling.sample_config.cfg_scale=1.0']}"
+    plan = check(compose("study_config", *arguments, *FEW, more))
+    names = ["one_stage", "fixed_400", "adaptive", "adaptive_perturbed", "guided"]
+    assert [variant.name for variant in plan.variants] == names
+    scales = [variant.drawn_with["sampler.guidance_scale"] for variant in plan.variants]
+    assert scales == [0.0, 1.0, 1.0, 1.0, 1.0] and plan.variants[-1].published is None
+
+
 def test_the_published_size_says_what_it_needs(compose, scripts):
     with pytest.raises(UserError, match="checkpoint: not set; give checkpoint=VALUE"):
         check(compose("study_config", "scale=published"))
