@@ -39,7 +39,12 @@ def evaluated(
     count = len(names)
     cosines = random.uniform(0.5, 1.0, len(files))
     switch_t = np.where(random.random(len(files)) < 0.1, -1, 500 + 20 * random.integers(0, 20, len(files)))
-    switched = np.where(switch_t < 0, np.nan, switch_t)
+
+    def means(values: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndarray:
+        """Of each identity; nan where nothing has weight."""
+        with np.errstate(invalid="ignore"):
+            return np.bincount(identity, values * weights) / np.bincount(identity, weights * np.ones(len(files)))
+
     copies = np.full(len(files), -1)
     copies[1] = 0
     edges = np.linspace(-1, 1, 21)
@@ -51,13 +56,13 @@ def evaluated(
         identities=Identities(
             names=names,
             num_images=np.bincount(identity),
-            consistency=np.array([cosines[identity == i].mean() for i in range(count)]),
-            near_share=np.array([(cosines[identity == i] > 0.7).mean() for i in range(count)]),
+            consistency=means(cosines),
+            near_share=means(cosines > 0.7),
             neighbour=(np.arange(count) + 1) % count,
             neighbour_cosine=random.uniform(0, 0.5, count),
             training_name=people[np.arange(count) % len(people)] if training else None,
             training_cosine=random.uniform(0, 0.6, count) if training else None,
-            switch_t=np.array([np.nanmean(switched[identity == i]) for i in range(count)]) if two_stage else None,
+            switch_t=means(switch_t, switch_t >= 0) if two_stage else None,
         ),
         images=Images(
             files=np.array(files),

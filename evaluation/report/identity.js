@@ -5,6 +5,7 @@ const dialog = byId("identity");
 
 async function openIdentity(identity) {
   const table = identity.files ? await inflate(identity.files) : null;
+  if (table && typeof table.files === "string") table.files = table.index.map((number) => number + table.files);
   const seeds = identity.seeds ? await inflate(identity.seeds) : null;
   const grid = element("div", { class: "images" }, ...images(identity, table, seeds));
   dialog.replaceChildren(
@@ -90,7 +91,7 @@ function order(grid) {
   return element("p", { class: "order" }, element("label", {}, "Order ",
     element("select", { onchange: arrange }, element("option", { value: "place" }, "as drawn"),
       element("option", { value: "cosine" }, "by cosine, lowest first"))),
-  element("span", {}, " Number, cosine to the centre, step of the switch, seed."));
+  element("span", {}, "Number, cosine to the centre, step of the switch, seed."));
 }
 
 // Pictures that the page does not hold are read from their files only when asked for, so that opening it reads nothing.

@@ -15,6 +15,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ ENDS = 24  # identities from both ends of every figure that come first
 STRIP = 8  # thumbnails in the sheet
 TRAINING_FACES = 4  # of the nearest training identity
 # The share of what is left that each level may take; a level that needs less leaves the rest to those after it.
-SHARES = {"figures": 0.4, "files": 0.4, "strips": 0.5, "seeds": 0.5, "pictures": 1.0}
+SHARES = {"figures": 0.4, "files": 0.5, "strips": 0.6, "seeds": 0.4, "pictures": 1.0}
 
 
 def to_json(value: Any) -> str:
@@ -85,7 +86,7 @@ class Record:
         return [self.figures, self.files, self.seeds, self.thumbnails]
 
 
-_RECORD = len(to_json(Record([], "", "", []).parts())) + 1  # bytes of a record but for its contents, with a comma
+_RECORD = len(to_json(Record([]).parts())) + 1  # bytes of a record but for its contents, with a comma
 
 
 class SetSheet:
@@ -101,10 +102,13 @@ class SetSheet:
         self._order = np.argsort(images.identity, kind="stable")  # rows of `images`, identity by identity
         self._starts = np.searchsorted(images.identity[self._order], np.arange(len(found.names) + 1))
         figures = [v for v in (found.consistency, found.training_cosine, found.switch_t) if v is not None]
-        self._turn = stratified_order(found.consistency, figures).tolist()
+        self.order = [str(found.names[row]) for row in stratified_order(found.consistency, figures)]
+        self._turn: list[int] = []
 
-    def fill(self, max_bytes: int) -> None:
-        """Take in, level by level, what fits into `max_bytes` of JSON."""
+    def fill(self, order: Sequence[str], max_bytes: int) -> None:
+        """Take in, level by level and in this order of identities, what fits into `max_bytes` of JSON."""
+        row_of = {str(name): row for row, name in enumerate(self.result.identities.names)}
+        self._turn = [row_of[name] for name in order if name in row_of]
         budget = Budget(max_bytes - len(to_json(self.content() | {"identities": []})) - 16)
         names = [str(name) for name in self.result.images.files]
         budget.left -= self._level(budget, "figures", self._figures)
@@ -165,10 +169,15 @@ class SetSheet:
         names = [str(name) for name in images.files[rows]]
         folders = {name.rpartition("/")[0] for name in names}
         start = f"{folders.pop()}/" if len(folders) == 1 and all("/" in name for name in names) else ""
+        files = [name[len(start) :] for name in names]
+        index = None if images.index is None else images.index[rows].tolist()
+        suffix = files[0].lstrip("0123456789") if files else ""
+        if index is not None and files == [f"{number}{suffix}" for number in index]:
+            files = suffix  # as sample.py and align.py name them: the numbers need not be said twice
         table = {
             "start": start,
-            "files": [name[len(start) :] for name in names],
-            "index": None if images.index is None else images.index[rows].tolist(),
+            "files": files,
+            "index": index,
             "cosine": [_number(value, 3) for value in images.centre_cosine[rows]],
             "switch": None if images.switch_t is None else images.switch_t[rows].tolist(),
             "copy": {
@@ -220,10 +229,15 @@ class SetSheet:
 
 
 def sheet_json(sheets: Sequence[SetSheet], max_bytes: int) -> str:
-    """Fill the sheets, and give their JSON: at most `max_bytes` of ASCII, shared fairly between the sets."""
+    """Fill the sheets, and give their JSON: at most `max_bytes` of ASCII, shared fairly between the sets.
+
+    The sets take turns in choosing identities, so that one that several have is sampled in all of them.
+    """
+    turns = [name for names in zip_longest(*(sheet.order for sheet in sheets)) for name in names if name is not None]
+    order = list(dict.fromkeys(turns))
     left = max_bytes - len(to_json({"sets": []})) - len(sheets)
     for number, sheet in enumerate(sheets):
-        sheet.fill(left // (len(sheets) - number))
+        sheet.fill(order, left // (len(sheets) - number))
         left -= len(to_json(sheet.content()))
     return to_json({"sets": [sheet.content() for sheet in sheets]})
 
