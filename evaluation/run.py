@@ -108,6 +108,8 @@ def _matches(found: GeneratedSet, real: RealSet | None, options: EvaluationSetti
 
 def _warn(options: EvaluationSettings, features: FeatureNetwork, real: RealSet | None) -> None:
     """Say once what will be missing or not comparable."""
+    if not distributed.is_main():
+        return  # every process would say it: other ranks report warnings
     if real is None:
         log.warning("no real set: leakage, FID, precision, recall, D_intra and reproduction are left out (real.root)")
     elif features.network is not None and not real.has_images:
