@@ -24,7 +24,7 @@ from evaluation.generated_set import GeneratedSet, open_set
 from evaluation.material import Material, RealMaterial, rows_for_features
 from evaluation.measure import Bench, curated_name, measure
 from evaluation.real_set import RealSet, match_identities, open_real
-from evaluation.report import write_report
+from evaluation.report import read_figures, write_report
 from evaluation.results import SetResult
 from evaluation.settings import AUTO, EvaluationSettings, check_output
 from models.autoencoder.lpips import load_lpips
@@ -216,7 +216,8 @@ def _finish(materials: Sequence[Material], bench: Bench) -> None:
             curation[name] = {**chosen.counts(), "before": before.metrics, "after": after.metrics}
             left.append((kept, output_dir / name))
     write_json(output_dir / METRICS, _figures(results, bench, about) | ({"curation": curation} if curation else {}))
-    write_report(results, output_dir / REPORT_FILE)
+    figures = [] if bench.options.figures_dir is None else read_figures(bench.options.figures_dir)
+    write_report(results, output_dir / REPORT_FILE, figures=figures)
     if bench.options.curate.write:
         for kept, folder in left:
             log.info("%d images in %s", len(kept.rows), write_images(kept, bench.options.curate.format, folder))

@@ -8,7 +8,7 @@ from typing import Any
 
 from evaluation.generated_set import DataSettings
 from evaluation.real_set import RealSettings
-from utils.config import UserError, existing_file, settings
+from utils.config import UserError, existing_file, existing_folder, settings
 from utils.data.formats.writers import WRITERS
 from utils.precision import check_precision
 
@@ -67,6 +67,7 @@ class EvaluationSettings:
     lpips_vgg: str | None = None
     lpips_linear: str | None = None
     lpips_identities: int = 100
+    figures_dir: str | None = None
     curate: CurateSettings = field(default_factory=CurateSettings)
     flip: bool = True
     batch_size: int = 64
@@ -96,6 +97,10 @@ class EvaluationSettings:
         if self.lpips_vgg is not None:
             existing_file(self.lpips_vgg, "lpips_vgg", "torchvision's vgg16-397923af.pth")
             existing_file(self.lpips_linear, "lpips_linear", "vgg.pth of the lpips package")
+        if self.figures_dir is not None:
+            folder = existing_folder(self.figures_dir, "figures_dir", "the output_dir of python -m utils.plotting")
+            if not any(folder.glob("*.png")):
+                raise UserError(f"figures_dir: no .png in {folder}; python -m utils.plotting makes them")
         self.curate.check(self.has_real)
 
     def _check_radius(self) -> None:

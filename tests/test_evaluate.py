@@ -78,7 +78,7 @@ def run(arguments: list[str], choice: str = "own", report: bool = False) -> dict
     """metrics.json of an evaluation in this process."""
     with pytest.MonkeyPatch.context() as patch:
         if not report:
-            patch.setattr("evaluation.run.write_report", lambda results, path: None)
+            patch.setattr("evaluation.run.write_report", lambda results, path, figures: None)
         return _run(arguments, choice)
 
 

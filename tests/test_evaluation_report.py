@@ -8,15 +8,17 @@ from base64 import b64decode
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from evaluation.definitions import DEFINITIONS
-from evaluation.report import figures, page, pictures, sheet, tables, write_report
+from evaluation.report import figures, page, pictures, read_figures, sheet, tables, write_report
 from evaluation.results import Histogram
 from tests.evaluated_sets import evaluated, stripes, write_folders
 from utils.config import UserError
 from utils.data.formats.labelled import LabelledImages
-from utils.images import encode_image, image_format
+from utils.images import encode_image, image_format, write_image
+from utils.plotting import canvas
 
 IDENTITIES, IMAGES = 9, 10
 
@@ -240,3 +242,12 @@ def test_bad_input_is_one_line(result, tmp_path):
 
 def test_lists_names():
     assert [page._listed(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+
+
+def test_pictures_of_a_folder_bring_their_captions(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    (tmp_path / "b.png").write_bytes(canvas.png(figure, "Guidance", "the scale s"))
+    write_image(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+    (title, caption, data), second = read_figures(tmp_path)
+    assert (title, caption, data[:4]) == ("a", "", b"\x89PNG")
+    assert second == ("Guidance", "the scale s", (tmp_path / "b.png").read_bytes())

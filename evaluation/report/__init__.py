@@ -4,6 +4,6 @@
 as `max_bytes` allows into it.
 """
 
-from evaluation.report.page import Figure, write_report
+from evaluation.report.page import Figure, read_figures, write_report
 
-__all__ = ["Figure", "write_report"]
+__all__ = ["Figure", "read_figures", "write_report"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
+from PIL import Image
 
 from evaluation.report import figures as charts
 from evaluation.report import tables
@@ -26,6 +27,17 @@ FIGURES_SHARE = 0.4  # of max_bytes, for the extra figures
 LEAST = 10_000  # bytes for the identities of a data set; with fewer hardly any would be seen
 PAIRS, PAIR_SIZE = 24, 112  # of generated and nearest training images; pixels a side
 Figure = tuple[str, str, bytes]  # title, caption, PNG
+
+
+def read_figures(folder: str | Path) -> list[Figure]:
+    """The pictures `*.png` of a folder, in the order of their names, with the title and caption that `utils.plotting`
+    writes into them; of any other picture the title is its name."""
+    figures = []
+    for path in sorted(Path(folder).glob("*.png")):
+        with Image.open(path) as image:
+            words = image.info
+        figures.append((str(words.get("Title", path.stem)), str(words.get("Description", "")), path.read_bytes()))
+    return figures
 
 
 def write_report(
