@@ -44,6 +44,10 @@ class EmbedSettings:
     batch_size: int = 64
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size: {self.batch_size}; it must be at least 1")
+
 
 @entry_point("recognition_embed_config")
 def main(cfg: DictConfig) -> None:

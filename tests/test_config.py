@@ -43,6 +43,8 @@ def test_settings_convert_and_nest():
     [
         ({"stepz": 3}, r"training\.stepz: unknown key; did you mean training\.steps"),
         ({"steps": "many"}, r"training\.steps: Value 'many'"),
+        ({"marks": 3}, r"training\.marks: 3; a list is wanted, as in \[3\]"),
+        ({"marks": ["x"]}, r"training\.marks: Value 'x'"),
         ({"steps": "???"}, r"training\.steps: not set"),
         ({"inner": {"kept": 1}}, r"training\.inner.*kept"),
         (None, "section is missing"),
@@ -73,6 +75,8 @@ def test_instantiate_checks_the_signature_first():
 def test_paths_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match=r"a\.b: not set"):
         existing_file(None, "a.b")
+    with pytest.raises(UserError, match=r"a\.b: \['x'\]; the path of a file is wanted"):
+        existing_file(["x"], "a.b")
     with pytest.raises(UserError, match=r"a\.b: no such file: .*none; try encode\.py"):
         existing_file(tmp_path / "none", "a.b", "try encode.py")
     with pytest.raises(UserError, match="no such folder"):

@@ -242,6 +242,8 @@ def settings(node: Any, cls: type[T], key: str) -> T:
         try:
             schema = OmegaConf.merge(schema, {name: node[name]})
         except OmegaConfBaseException as error:
+            if OmegaConf.is_list(schema._get_node(name)) and not OmegaConf.is_list(node[name]):
+                raise UserError(f"{_join(key, name)}: {node[name]}; a list is wanted, as in [{node[name]}]") from error
             raise UserError(f"{_join(key, name)}: {str(error).splitlines()[0]}") from error
     try:
         return OmegaConf.to_object(schema)
@@ -304,6 +306,8 @@ def _existing(path: str | os.PathLike | None, key: str, hint: str, kind: str, te
     tail = f"; {hint}" if hint else ""
     if path is None or str(path) in ("", "???"):
         raise UserError(f"{key}: not set; give {key}=PATH of a {kind}{tail}")
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{key}: {path}; the path of a {kind} is wanted{tail}")
     path = Path(path).expanduser()
     if not test(path):
         raise UserError(f"{key}: no such {kind}: {path}{tail}")
