@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import main as main_module
-from utils.config import UserError, existing_file, existing_folder, instantiate, settings
+from utils.config import UserError, check_writable, existing_file, existing_folder, instantiate, settings
 
 
 @dataclass
@@ -82,6 +82,19 @@ def test_paths_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         existing_folder(tmp_path / "none", "a.b")
     assert existing_folder(str(tmp_path), "a.b") == tmp_path
+
+
+def test_places_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "new/x.npy", "a.b")
+    monkeypatch.chdir(tmp_path)
+    check_writable("x.npy", "a.b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+    with pytest.raises(UserError, match=r"a\.b: cannot write file/x/y \(.*file is a file\); give another place"):
+        check_writable("file/x/y", "a.b")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"a\.b: cannot write .*new \(no permission\)"):
+        check_writable(tmp_path / "new", "a.b")
 
 
 @pytest.fixture

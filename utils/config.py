@@ -314,6 +314,15 @@ def _existing(path: str | os.PathLike | None, key: str, hint: str, kind: str, te
     return path
 
 
+def check_writable(path: str | os.PathLike, key: str) -> None:
+    """UserError unless `path`, a file or folder to be written, and its folders can be made; nothing is made yet."""
+    path = Path(path).expanduser()
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "no permission" if there.is_dir() else f"{there} is a file"
+        raise UserError(f"{key}: cannot write {path} ({reason}); give another place")
+
+
 def plain(node: Any) -> Any:
     """A configuration as plain dictionaries, lists and values with every interpolation resolved (for checkpoints)."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

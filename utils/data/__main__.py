@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.config import CommandLineParser, UserError, command_line, existing_folder
+from utils.config import CommandLineParser, UserError, check_writable, command_line, existing_folder
 from utils.data.formats.benchmarks import LAYOUTS
 from utils.data.formats.check import check_images
 from utils.data.formats.labelled import LabelledImages
@@ -56,6 +56,7 @@ def validate(options: argparse.Namespace) -> int:
     """Print what is in the data set and write its mean face; 1 where it has faults."""
     if options.threads is not None and options.threads < 1:
         raise UserError(f"--threads: {options.threads}; it must be at least 1")
+    check_writable(options.mean_face, "--mean-face")
     report = check_images(open_images(options.path, options.root), threads=options.threads)
     sys.stdout.write(report.text())
     if report.mean_face is not None:
@@ -66,6 +67,7 @@ def validate(options: argparse.Namespace) -> int:
 
 def convert(options: argparse.Namespace) -> int:
     """Write SRC in another format."""
+    check_writable(options.out, "OUT")
     if options.to != "bin":
         data = open_labelled(options.src, options.root)
         write_labelled(data, options.out, options.to, images_per_shard=options.images_per_shard)
