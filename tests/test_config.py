@@ -56,6 +56,12 @@ def test_settings_name_the_key(node, message):
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize("node", ["faces", 3, ["faces"], OmegaConf.create(["faces"])])
+def test_a_section_without_keys(node):
+    with pytest.raises(UserError, match=r"dataset\.sets\[0\]: .*; keys with values are wanted: steps, rate, name"):
+        settings(node, Outer, "dataset.sets[0]")
+
+
 def test_instantiate_checks_the_signature_first():
     node = OmegaConf.create({"_target_": "torch.nn.Linear", "in_features": 3, "out_featurs": 2})
     with pytest.raises(UserError, match=r"model\.out_featurs: unknown key; did you mean model\.out_features"):

@@ -233,6 +233,9 @@ def settings(node: Any, cls: type[T], key: str) -> T:
     """
     if node is None:
         raise UserError(f"{key}: the section is missing; it takes {', '.join(f.name for f in dataclasses.fields(cls))}")
+    if not isinstance(node, Mapping | DictConfig):
+        names = ", ".join(field.name for field in dataclasses.fields(cls))
+        raise UserError(f"{key}: {node!r}; keys with values are wanted: {names}")
     node = node if OmegaConf.is_config(node) else OmegaConf.create(dict(node))
     check_keys(node, [field.name for field in dataclasses.fields(cls)], key)
     schema = OmegaConf.structured(cls)
