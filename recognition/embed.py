@@ -21,7 +21,7 @@ from recognition.face_input import face_crop, is_crop
 from utils import distributed
 from utils.alignment import FaceAligner
 from utils.alignment_job import REPORT, AlignSettings, run_alignment
-from utils.config import UserError, entry_point, instantiate, settings
+from utils.config import UserError, check_writable, entry_point, instantiate, settings
 from utils.contexts import save_rows
 from utils.embedders import Embedder
 from utils.embedding_job import EncodeSettings, run
@@ -43,6 +43,10 @@ class EmbedSettings:
     flip: bool = True
     batch_size: int = 64
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size: {self.batch_size}; it must be at least 1")
 
 
 @entry_point("recognition_embed_config")
@@ -121,7 +125,7 @@ def embed_folder(images: Path, output: Path, options: EmbedSettings, embedder: E
 def output_folder(output: str | None, images: Path, align: bool) -> Path:
     """The folder for the embeddings of a folder; `output` may also name the embeddings.npy in it.
 
-    UserError where it is not set, is a file of another name, or would put crops among the images.
+    UserError where it is not set, is a file of another name, cannot be made, or would put crops among the images.
     """
     if output is None:
         raise UserError(
@@ -134,6 +138,7 @@ def output_folder(output: str | None, images: Path, align: bool) -> Path:
         raise UserError(
             f"output: {folder} is one file; {images} is a folder, whose embeddings and names go to a folder"
         )
+    check_writable(folder, "output")
     if align and (folder / ALIGNED).resolve().is_relative_to(images.resolve()):
         raise UserError(
             f"output: {folder} lies in images={images}, where its crops would count as images; give another"
@@ -142,9 +147,12 @@ def output_folder(output: str | None, images: Path, align: bool) -> Path:
 
 
 def check_output_file(output: str | None) -> None:
-    """UserError unless `output` is null or a file `.npy`, before the network is read."""
-    if output is not None and (not output.endswith(".npy") or Path(output).expanduser().is_dir()):
+    """UserError unless `output` is null or a file `.npy` that can be written, before the network is read."""
+    if output is None:
+        return
+    if not output.endswith(".npy") or Path(output).expanduser().is_dir():
         raise UserError(f"output: {output}; the embedding of one image goes to a file .npy")
+    check_writable(output, "output")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from recognition.backbones import InputAdapter, backbone_of
 from recognition.onnx_export import TOLERANCE, export_onnx
 from utils import distributed
-from utils.config import UserError, entry_point, existing_file, settings
+from utils.config import UserError, check_writable, entry_point, existing_file, settings
 from utils.logging import get_logger
 from utils.networks import BACKBONE, open_network_file
 
@@ -40,9 +40,13 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"output: {output}; name the file .onnx")
     if output.exists():
         raise UserError(f"output: {output} exists; give another name")
+    check_writable(output, "output")
     if distributed.world_size() > 1:
         raise UserError("recognition.export: one process is enough; start it without torchrun")
-    file = open_network_file(existing_file(options.checkpoint, "checkpoint", "recognition.train writes one"))
+    checkpoint = existing_file(options.checkpoint, "checkpoint", "recognition.train writes one")
+    if checkpoint.suffix == ".onnx":
+        raise UserError(f"checkpoint: {checkpoint} is ONNX already; give the file that recognition.train wrote")
+    file = open_network_file(checkpoint)
     backbone = InputAdapter(backbone_of(file), file.channel_order or "RGB").eval()
     metadata = {"kind": BACKBONE, "config": file.config}
     if "provenance" in file.metadata:

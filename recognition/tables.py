@@ -77,7 +77,7 @@ def overview(reports: Sequence[Report]) -> Table | None:
     names = _ordered({name for report in reports for name in report["sets"] if not _is_rfw(name)})
     if len(names) < 2:
         return None
-    notes = _skip_notes(reports)
+    notes = _skip_notes(reports, names)
     head = ["model", *(TITLES.get(name, name) for name in names)]
     means = [report.get("mean") for report in reports]
     of = sorted({len(mean["of"]) for mean in means if mean})
@@ -121,6 +121,7 @@ def rfw_table(reports: Sequence[Report]) -> Table | None:
             cells += [NOTHING if ratio is None else f"{ratio:.2f}"]
         rows.append([report["name"], *cells])
     notes = ["The standard deviation has n - 1 below it; the ratio is the largest error over the smallest."]
+    notes += _skip_notes(reports, [RFW_SET.format(group) for group in RFW_GROUPS])
     return Table("RFW, accuracy by group, per cent", head, rows, notes)
 
 
@@ -170,7 +171,7 @@ def details(reports: Sequence[Report]) -> Table | None:
             )
     head = [*(["set"] if len(names) > 1 else []), "model", *numbers]
     found = [found for report in reports for found in report["sets"].values()]
-    notes = [*_resolution_notes(found), *(_skip_notes(reports) if len(names) == 1 else [])]
+    notes = [*_resolution_notes(found), *_skip_notes(reports, names)]
     return Table("Rates by set, per cent", head, rows, notes)
 
 
@@ -205,12 +206,12 @@ def _resolution_notes(found: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _skip_notes(reports: Sequence[Report]) -> list[str]:
-    """Pairs that were left out, and how genuine and impostor pairs then compare."""
+def _skip_notes(reports: Sequence[Report], names: Sequence[str]) -> list[str]:
+    """Pairs of the sets `names` that were left out, and how genuine and impostor pairs then compare."""
     notes = {}
     for report in reports:
         for name, found in report["sets"].items():
-            if found["num_skipped_pairs"]:
+            if name in names and found["num_skipped_pairs"]:
                 notes[name] = (
                     f"{TITLES.get(name, name)}: {found['num_skipped_pairs']} pairs left out, their images are missing; "
                     f"{found['num_genuine']} genuine and {found['num_impostor']} impostor pairs remain."

@@ -223,6 +223,8 @@ def list_models(options: TestSettings, backbone_cfg: DictConfig | None, taken: l
     checkpoints = [] if alone else checkpoints
     names = options.name if isinstance(options.name, list) else [options.name]
     names = [None] * len(checkpoints) if options.name is None else names
+    if any(isinstance(name, dict | list) for name in names):
+        raise UserError(f"name: {options.name}; a text, or a list of texts, is wanted")
     if len(names) != len(checkpoints):
         raise UserError(f"name: {options.name}; {len(checkpoints)} names are wanted, one a checkpoint")
     if backbone_cfg is not None and None not in checkpoints:
@@ -235,7 +237,7 @@ def list_models(options: TestSettings, backbone_cfg: DictConfig | None, taken: l
             raise UserError("backbone: not set; say which network gets random weights, as in backbone=ir_50")
         load = partial(load_model, checkpoint, backbone_cfg, options.seed, options.channel_order)
         facts = {"checkpoint": checkpoint, "channel_order": options.channel_order, "precision": options.precision}
-        models.append(Model(name or default_name(checkpoint), load, options.flip, facts))
+        models.append(Model(default_name(checkpoint) if name in (None, "") else str(name), load, options.flip, facts))
     if options.baseline is not None:
         models += baseline_models(options)
     seen = list(taken)

@@ -1,5 +1,6 @@
 """Readers of the public verification sets, each on a miniature of its distribution."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 
 from recognition.benchmark_sets import open_sets
 from utils.config import UserError
+from utils.data.__main__ import main
 from utils.data.formats.benchmarks import (
+    LAYOUTS,
     RFW_GROUPS,
     open_benchmarks,
     open_rfw,
@@ -17,7 +20,7 @@ from utils.data.formats.benchmarks import (
     read_list,
     read_two_lines,
 )
-from utils.data.formats.pairs import VerificationPairs, write_bin
+from utils.data.formats.pairs import VerificationPairs, read_bin, write_bin
 from utils.images import write_image
 
 
@@ -203,6 +206,43 @@ def test_benchmarks_are_found_by_name(tmp_path: Path) -> None:
     assert len(open_benchmarks(tmp_path)["lfw"].issame) == 5
     with pytest.raises(UserError, match=r"benchmarks_dir: .* holds none of lfw\.bin, cfp_fp\.bin"):
         open_benchmarks(tmp_path / "calfw")
+
+
+@pytest.mark.parametrize("layout", ["lfw", "cfp_fp", "agedb_30", "calfw", "list"])
+def test_every_layout_is_written_as_bin(tmp_path: Path, monkeypatch, capsys, layout: str) -> None:
+    make_lfw(tmp_path / "lfw")
+    make_cfp(tmp_path / "cfp_fp")
+    make_agedb(tmp_path / "agedb_30")
+    make_two_lines(tmp_path / "calfw", "CALFW", "images")
+    make_agedb(tmp_path / "list")
+    text(
+        tmp_path / "own.txt",
+        "1_MariaCallas_65_f.jpg 0_MariaCallas_35_f.jpg 1",
+        "1_MariaCallas_65_f 20_JoanOfArc_19_f 0",
+    )
+    own = ["--pairs-file", str(tmp_path / "own.txt")] if layout == "list" else []
+    source = LAYOUTS[layout](tmp_path / layout, *map(Path, own[1:]))
+
+    command = ["utils.data", "convert", str(tmp_path / layout), str(tmp_path / "x.bin"), "--to", "bin"]
+    monkeypatch.setattr(sys, "argv", [*command, "--layout", layout, *own])
+    assert main() == 0
+    assert capsys.readouterr().out == f"{len(source.issame)} pairs in {tmp_path / 'x.bin'}\n"
+    written = read_bin(tmp_path / "x.bin")
+    assert written.issame.tolist() == source.issame.tolist()
+    images = [source.encoded(index) for index in source.pairs.reshape(-1).tolist()]
+    assert [written.encoded(index) for index in range(len(written))] == images
+
+
+def test_a_bin_of_a_list_with_gaps(tmp_path: Path, monkeypatch, capsys) -> None:
+    make_two_lines(tmp_path / "calfw", "CALFW", "images")
+    (tmp_path / "calfw/pairs_CALFW.txt").open("a").write("Jo_Doe_1.jpg 0\nJo_Doe_9.jpg 0\n")
+    command = ["utils.data", "convert", str(tmp_path / "calfw"), str(tmp_path / "x.bin"), "--to", "bin"]
+    monkeypatch.setattr(sys, "argv", [*command, "--layout", "calfw"])
+    with pytest.raises(UserError, match=r"lacks 1 images of pairs_CALFW\.txt, first Jo_Doe_9"):
+        main()
+    monkeypatch.setattr(sys, "argv", [*command, "--layout", "calfw", "--skip-missing"])
+    assert main() == 0
+    assert capsys.readouterr().out == f"2 pairs in {tmp_path / 'x.bin'}, 1 left out\n"
 
 
 def test_sets_by_settings(tmp_path: Path) -> None:

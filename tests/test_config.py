@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import main as main_module
-from utils.config import UserError, existing_file, existing_folder, instantiate, settings
+from utils.config import UserError, check_writable, existing_file, existing_folder, instantiate, settings
 
 
 @dataclass
@@ -43,6 +43,8 @@ def test_settings_convert_and_nest():
     [
         ({"stepz": 3}, r"training\.stepz: unknown key; did you mean training\.steps"),
         ({"steps": "many"}, r"training\.steps: Value 'many'"),
+        ({"marks": 3}, r"training\.marks: 3; a list is wanted, as in \[3\]"),
+        ({"marks": ["x"]}, r"training\.marks: Value 'x'"),
         ({"steps": "???"}, r"training\.steps: not set"),
         ({"inner": {"kept": 1}}, r"training\.inner.*kept"),
         (None, "section is missing"),
@@ -52,6 +54,12 @@ def test_settings_name_the_key(node, message):
     with pytest.raises(UserError, match=message) as info:
         settings(None if node is None else OmegaConf.create(node), Outer, "training")
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("node", ["faces", 3, ["faces"], OmegaConf.create(["faces"])])
+def test_a_section_without_keys(node):
+    with pytest.raises(UserError, match=r"dataset\.sets\[0\]: .*; keys with values are wanted: steps, rate, name"):
+        settings(node, Outer, "dataset.sets[0]")
 
 
 def test_instantiate_checks_the_signature_first():
@@ -73,11 +81,26 @@ def test_instantiate_checks_the_signature_first():
 def test_paths_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match=r"a\.b: not set"):
         existing_file(None, "a.b")
+    with pytest.raises(UserError, match=r"a\.b: \['x'\]; the path of a file is wanted"):
+        existing_file(["x"], "a.b")
     with pytest.raises(UserError, match=r"a\.b: no such file: .*none; try encode\.py"):
         existing_file(tmp_path / "none", "a.b", "try encode.py")
     with pytest.raises(UserError, match="no such folder"):
         existing_folder(tmp_path / "none", "a.b")
     assert existing_folder(str(tmp_path), "a.b") == tmp_path
+
+
+def test_places_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "new/x.npy", "a.b")
+    monkeypatch.chdir(tmp_path)
+    check_writable("x.npy", "a.b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+    with pytest.raises(UserError, match=r"a\.b: cannot write file/x/y \(.*file is a file\); give another place"):
+        check_writable("file/x/y", "a.b")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"a\.b: cannot write .*new \(no permission\)"):
+        check_writable(tmp_path / "new", "a.b")
 
 
 @pytest.fixture

@@ -86,6 +86,12 @@ def test_a_folder_is_aligned_and_embedded(folder, compose, output):
         (["images=photos", "output=photos/out", "align=true"], "output: photos/out lies in images=photos"),
         (["images=hollow", "output=out"], "images: no images in hollow"),
         (["images=photos/a/0.png", "output=out"], "output: out; the embedding of one image goes to a file .npy"),
+        (
+            ["images=photos/a/0.png", "output=empty.png/x.npy"],
+            "output: cannot write empty.png/x.npy .*empty.png is a file",
+        ),
+        (["images=photos", "output=empty.png/x"], "output: cannot write empty.png/x .*empty.png is a file"),
+        (["images=photos/a/0.png", "batch_size=0"], "batch_size: 0; it must be at least 1"),
         (["images=backbone.safetensors"], "backbone.safetensors: not an image of a known format"),
         (["images=empty.png", "align=true"], "empty.png: no face found in 128 x 128 pixels; one of at least 20 pixels"),
         (["images=photos/a/0.png", "checkpoint=no"], "embedder.checkpoint: no such file: no"),

@@ -737,6 +737,14 @@ def test_commands(faces, tmp_path, monkeypatch, capsys) -> None:
     assert code == 0 and "4: 2 genuine, 2 impostor" in text and Path("mean_face.png").is_file()
     for arguments, error in (
         (command, "error: OUT: x.bin exists; name a new file\n"),
+        (
+            ("convert", faces, "x.bin/y", "--to", "rec"),
+            f"error: OUT: cannot write x.bin/y ({tmp_path / 'x.bin'} is a file); give another place\n",
+        ),
+        (
+            ("validate", "x.bin", "--mean-face", "x.bin/m.png"),
+            f"error: --mean-face: cannot write x.bin/m.png ({tmp_path / 'x.bin'} is a file); give another place\n",
+        ),
         (("validate", "none"), "error: none: no such file or folder\n"),
         (("validate", "x.bin", "--threads", 0), "error: --threads: 0; it must be at least 1\n"),
         (

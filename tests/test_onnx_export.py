@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,9 +131,13 @@ def test_the_command(tmp_path, compose, order):
     [
         ("output=b.pt", "output: b.pt; name the file .onnx"),
         ("checkpoint=absent.safetensors", "checkpoint: no such file: absent.safetensors"),
+        ("checkpoint=a.onnx", "checkpoint: a.onnx is ONNX already"),
+        ("output=a.onnx/b.onnx", "output: cannot write a.onnx/b.onnx .*a.onnx is a file"),
     ],
 )
-def test_mistakes_are_named(tmp_path, compose, override, message):
+def test_mistakes_are_named(tmp_path, monkeypatch, compose, override, message):
+    monkeypatch.chdir(tmp_path)
+    Path("a.onnx").touch()
     words = ("checkpoint=x", f"output={tmp_path / 'b.onnx'}", override)
     with pytest.raises(UserError, match=message):
         main.__wrapped__(compose("recognition_export_config", *words))

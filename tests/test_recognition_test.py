@@ -224,6 +224,11 @@ def test_rows_and_their_names(world: Path, tmp_path: Path, compose) -> None:
         ({}, ["net"], "two rows are called 'net'"),
         ({"name": ["a", "b"]}, [], "1 names are wanted"),
         ({"checkpoint": []}, [], "checkpoint: the list is empty"),
+        ({"checkpoint": [[file]]}, [], r"checkpoint: \['.*'\]; the path of a file is wanted"),
+        ({"checkpoint": {"a": file}}, [], r"checkpoint: \{'a': .*; the path of a file is wanted"),
+        ({"checkpoint": [file, file], "name": [1, 2]}, ["1"], "two rows are called '1'"),
+        ({"name": {"a": "b"}}, [], r"name: \{'a': 'b'\}; a text, or a list of texts, is wanted"),
+        ({"name": [["a"]]}, [], r"name: \[\['a'\]\]; a text, or a list of texts, is wanted"),
     ):
         with pytest.raises(UserError, match=message):
             script.list_models(options(world, tmp_path, **kwargs), None, taken)

@@ -34,6 +34,15 @@ def test_pairs_left_out_are_told() -> None:
     assert table.notes[-1] == (
         "pairs: 105 pairs left out, their images are missing; 2990 genuine and 2905 impostor pairs remain."
     )
+    # with several sets in every table that has one of them, and only there
+    groups = {f"RFW {group}": summary(0.9) for group in ("African", "Asian", "Caucasian", "Indian")}
+    groups["RFW Asian"] = summary(0.9, 2999, 3000, 1)
+    rfw = group_fairness(dict.fromkeys(("African", "Asian", "Caucasian", "Indian"), 0.9))
+    note = "RFW Asian: 1 pairs left out, their images are missing; 2999 genuine and 3000 impostor pairs remain."
+    by_group, details = all_tables([{"name": "a", "sets": groups, "rfw": rfw}])
+    assert note in by_group.notes and note in details.notes
+    overview, by_group, details = all_tables([{"name": "a", "sets": {**five()["sets"], **groups}, "rfw": rfw}])
+    assert note not in overview.notes and note in by_group.notes and note in details.notes
 
 
 def test_the_mean_of_five_stands_beside_published_rows() -> None:

@@ -250,6 +250,9 @@ def settings(node: Any, cls: type[T], key: str) -> T:
     """
     if node is None:
         raise UserError(f"{key}: the section is missing; it takes {', '.join(f.name for f in dataclasses.fields(cls))}")
+    if not isinstance(node, Mapping | DictConfig):
+        names = ", ".join(field.name for field in dataclasses.fields(cls))
+        raise UserError(f"{key}: {node!r}; keys with values are wanted: {names}")
     node = node if OmegaConf.is_config(node) else OmegaConf.create(dict(node))
     check_keys(node, [field.name for field in dataclasses.fields(cls)], key)
     schema = OmegaConf.structured(cls)
@@ -259,6 +262,8 @@ def settings(node: Any, cls: type[T], key: str) -> T:
         try:
             schema = OmegaConf.merge(schema, {name: node[name]})
         except OmegaConfBaseException as error:
+            if OmegaConf.is_list(schema._get_node(name)) and not OmegaConf.is_list(node[name]):
+                raise UserError(f"{_join(key, name)}: {node[name]}; a list is wanted, as in [{node[name]}]") from error
             raise UserError(f"{_join(key, name)}: {str(error).splitlines()[0]}") from error
     try:
         return OmegaConf.to_object(schema)
@@ -321,10 +326,21 @@ def _existing(path: str | os.PathLike | None, key: str, hint: str, kind: str, te
     tail = f"; {hint}" if hint else ""
     if path is None or str(path) in ("", "???"):
         raise UserError(f"{key}: not set; give {key}=PATH of a {kind}{tail}")
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{key}: {path}; the path of a {kind} is wanted{tail}")
     path = Path(path).expanduser()
     if not test(path):
         raise UserError(f"{key}: no such {kind}: {path}{tail}")
     return path
+
+
+def check_writable(path: str | os.PathLike, key: str) -> None:
+    """UserError unless `path`, a file or folder to be written, and its folders can be made; nothing is made yet."""
+    path = Path(path).expanduser()
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "no permission" if there.is_dir() else f"{there} is a file"
+        raise UserError(f"{key}: cannot write {path} ({reason}); give another place")
 
 
 def plain(node: Any) -> Any:

@@ -22,7 +22,7 @@ from recognition.backbones import backbone_of, save_backbone
 from recognition.onnx import OnnxRecogniser
 from recognition.provenance import describe_provenance
 from utils.checkpoint import read_content, save_safetensors
-from utils.config import UserError
+from utils.config import UserError, check_writable
 from utils.embedders import facenet_embedder
 from utils.networks import AUTOENCODER, BACKBONE, DECODER, ENCODER, FACENET, RUNS, UNET, NetworkFile, recognise
 
@@ -76,6 +76,7 @@ def convert(
         raise UserError(f"{out}: name the converted file .safetensors")
     if out.exists():
         raise UserError(f"{out}: exists; give another name")
+    check_writable(out, "OUT")
     if path.suffix == ".onnx":
         raise UserError(
             f"{path}: an ONNX graph is no state dict; encode.py embedder=insightface_onnx takes it as it is"

@@ -12,14 +12,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.config import CommandLineParser, UserError, command_line, existing_file, existing_folder
+from utils.config import CommandLineParser, UserError, check_writable, command_line, existing_folder
+from utils.data.formats.benchmarks import LAYOUTS
 from utils.data.formats.check import check_images
 from utils.data.formats.labelled import LabelledImages
-from utils.data.formats.pairs import VerificationPairs, draw_pairs, read_pairs, write_bin
+from utils.data.formats.pairs import FOLDS, VerificationPairs, draw_pairs, write_bin
 from utils.data.formats.recognise import open_images, open_labelled
 from utils.data.formats.writers import WRITERS, write_labelled
 from utils.images import write_image
-from utils.logging import setup_logging
+from utils.logging import get_logger, setup_logging
+
+log = get_logger("data")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     change.add_argument("--to", required=True, choices=[*WRITERS, "bin"])
     change.add_argument("--root", type=Path, help=root)
     change.add_argument("--images-per-shard", type=int, default=10_000, help="of tfrecord and webdataset")
-    change.add_argument("--pairs-file", type=Path, help="bin: the pairs of this pairs.txt, people's folders in SRC")
+    change.add_argument("--pairs-file", type=Path, help="bin: a list of pairs, its images in SRC; cfp: Protocol/")
+    layouts = f"{', '.join(LAYOUTS)}; recognition.test reads the same"
+    change.add_argument("--layout", choices=list(LAYOUTS), help=f"bin: of SRC and its list, else lfw: {layouts}")
     change.add_argument("--skip-missing", action="store_true", help="leave out pairs of the list without an image")
     change.add_argument("--pairs-per-fold", type=int, default=300, help="bin without a list: pairs of each kind drawn")
     change.add_argument("--seed", type=int, default=0, help="bin without a list: of the drawn pairs")
@@ -51,6 +56,7 @@ def validate(options: argparse.Namespace) -> int:
     """Print what is in the data set and write its mean face; 1 where it has faults."""
     if options.threads is not None and options.threads < 1:
         raise UserError(f"--threads: {options.threads}; it must be at least 1")
+    check_writable(options.mean_face, "--mean-face")
     report = check_images(open_images(options.path, options.root), threads=options.threads)
     sys.stdout.write(report.text())
     if report.mean_face is not None:
@@ -61,6 +67,7 @@ def validate(options: argparse.Namespace) -> int:
 
 def convert(options: argparse.Namespace) -> int:
     """Write SRC in another format."""
+    check_writable(options.out, "OUT")
     if options.to != "bin":
         data = open_labelled(options.src, options.root)
         write_labelled(data, options.out, options.to, images_per_shard=options.images_per_shard)
@@ -69,17 +76,23 @@ def convert(options: argparse.Namespace) -> int:
     if options.out.exists():
         raise UserError(f"OUT: {options.out} exists; name a new file")
     pairs = _pairs(options)
+    if pairs.num_folds != FOLDS:
+        log.warning("%s has %d folds; a .bin is read as %d", pairs.path, pairs.num_folds, FOLDS)
     write_bin(pairs, options.out)
-    sys.stdout.write(f"{len(pairs.issame)} pairs in {options.out}\n")
+    skipped = f", {pairs.num_skipped} left out" if pairs.num_skipped else ""
+    sys.stdout.write(f"{len(pairs.issame)} pairs in {options.out}{skipped}\n")
     return 0
 
 
 def _pairs(options: argparse.Namespace) -> VerificationPairs:
-    """Those of --pairs-file, those that SRC is, or new ones out of its identities."""
-    if options.pairs_file is not None:
-        existing_file(options.pairs_file, "--pairs-file")
-        existing_folder(options.src, "SRC", "the images of --pairs-file")
-        return read_pairs(options.pairs_file, options.src, skip_missing=options.skip_missing)
+    """Those of a list (--pairs-file, or the one that --layout has in SRC), those that SRC is, or new ones out of its
+    identities."""
+    if options.pairs_file is not None or options.layout is not None:
+        if options.pairs_file is not None and not options.pairs_file.exists():
+            raise UserError(f"--pairs-file: no such file: {options.pairs_file}")
+        existing_folder(options.src, "SRC", "the images of the pairs")
+        read = LAYOUTS[options.layout or "lfw"]
+        return read(options.src, options.pairs_file, skip_missing=options.skip_missing)
     data = open_images(options.src, options.root)
     return draw_pairs(data, options.pairs_per_fold, options.seed) if isinstance(data, LabelledImages) else data
 
