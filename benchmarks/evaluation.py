@@ -7,7 +7,8 @@ and the set (whose size the first line of the output gives) included.
 
 Baseline (benchmarks.plain_evaluation): whole matrices, and a mask over all images for every identity. It runs at the
 full size where that is affordable; where it holds all pairs of images, at that of --small identities, and ours beside
-it at the same size. `all` is what an evaluation does of these, one after the other in one process.
+it at the same size. Seconds of CPU are less than those on the clock where other programs run beside it; the ratio is
+theirs. `all` is what an evaluation does of these, one after the other in one process.
 
     python -m benchmarks.evaluation                                       # 200,000 x 512, 4,000 identities
     python -m benchmarks.evaluation --identities 400 --metrics genuine c_intra  # sooner
@@ -198,18 +199,15 @@ def load(metric: str, size: str, folder: Path, args: argparse.Namespace) -> Data
 
 
 def measure(job: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Of a job `implementation/size/metric`: seconds, peak MiB of this process, and the figures found."""
+    """Of a job `implementation/size/metric`: seconds, those on a CPU (of all threads), peak MiB, the figures found."""
     implementation, size, metric = job.split("/")
     data = load(metric, size, folder, args)
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     figures = {"ours": OURS, "plain": PLAIN}[implementation][metric](data, args)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return {
-        "seconds": seconds,
-        "mib": int(peak.split()[1]) / 1024,
-        "figures": {k: float(v) for k, v in figures.items()},
-    }
+    figures = {key: float(value) for key, value in figures.items()}
+    return {"seconds": seconds, "cpu": cpu, "mib": int(peak.split()[1]) / 1024, "figures": figures}
 
 
 def build(folder: Path, args: argparse.Namespace) -> None:
@@ -231,26 +229,23 @@ def difference(ours: Figures, others: Figures) -> float:
 def table(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
     """Markdown: every metric at full size, and beside the baseline at the size of that."""
     lines = [
-        "| metric | seconds | peak MiB | compared at | seconds, ours : plain | ratio | peak MiB, ours : plain | "
+        "| metric | seconds | CPU s | peak MiB | compared at | CPU s, ours : plain | ratio | peak MiB, ours : plain | "
         "figures differ by |",
-        "| --- " * 8 + "|",
+        "| --- " * 9 + "|",
     ]
     for metric in args.metrics:
         full = results[f"ours/full/{metric}"]
-        line = f"| {metric} | {full['seconds']:.2f} | {full['mib']:.0f} | "
+        line = f"| {metric} | {full['seconds']:.2f} | {full['cpu']:.2f} | {full['mib']:.0f} | "
         if metric not in PLAIN:
             lines.append(line + "| | | | |")
             continue
         size = "small" if metric in QUADRATIC else "full"
         ours, base = results[f"ours/{size}/{metric}"], results[f"plain/{size}/{metric}"]
-        images = (
-            f"{args.features:,} x {args.feature_width:,}, twice"
-            if metric in ON_FEATURES
-            else f"{args.small * args.images:,} images"
-        )
+        compared = f"{args.small * args.images:,} images" if size == "small" else "full size"
+        if metric in ON_FEATURES:
+            compared = f"{args.features:,} x {args.feature_width:,}, twice"
         lines.append(
-            f"{line}{images if size == 'small' or metric in ON_FEATURES else 'full size'} | "
-            f"{ours['seconds']:.2f} : {base['seconds']:.2f} | {base['seconds'] / ours['seconds']:.1f} | "
+            f"{line}{compared} | {ours['cpu']:.2f} : {base['cpu']:.2f} | {base['cpu'] / ours['cpu']:.1f} | "
             f"{ours['mib']:.0f} : {base['mib']:.0f} | {100 * difference(ours['figures'], base['figures']):.2g} % |"
         )
     return "\n".join(lines)
@@ -303,8 +298,9 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.evaluation", *sys.argv[1:], "--folder", name, "--job", job]
             subprocess.run(command, check=True)
             if job != "build":
-                results[job] = json.loads((Path(name) / "result.json").read_text())
-                print(f"{job}: {results[job]['seconds']:.2f} s, {results[job]['figures']}", file=sys.stderr, flush=True)
+                found = results[job] = json.loads((Path(name) / "result.json").read_text())
+                line = f"{job}: {found['seconds']:.2f} s, {found['cpu']:.2f} s of CPU, {found['figures']}"
+                print(line, file=sys.stderr, flush=True)
     images = args.identities * args.images
     print(
         f"{images:,} x {args.width} embeddings ({images * args.width / 2**18:.0f} MiB) of {args.identities:,} "

@@ -33,10 +33,10 @@ def test_the_baseline_finds_the_same(results, metric) -> None:
 def test_the_table(results) -> None:
     args, _, found = results
     lines = table(found, args).splitlines()
-    assert len(lines) == 2 + len(OURS) and all(line.count("|") == 9 for line in lines)
+    assert len(lines) == 2 + len(OURS) and all(line.count("|") == 10 for line in lines)
     row = next(line for line in lines if line.startswith("| impostor |"))
     assert "| 240 images |" in row  # the baseline holds all pairs: compared at the small size
-    assert all(0 < one["mib"] < 8192 and one["seconds"] > 0 for one in found.values())
+    assert all(0 < one["mib"] < 8192 and one["seconds"] > 0 and one["cpu"] > 0 for one in found.values())
 
 
 def test_the_set_holds_something_to_find(results) -> None:
