@@ -45,6 +45,8 @@ def _draw_seeds(axes: Axes, variants: Sequence[VariantResult]) -> None:
         axes.errorbar(at, 100 * row.mean, yerr=_spread(row.std), fmt="_", markersize=22, capsize=5, color=_colour(at))
         axes.plot([at] * len(seeds), seeds, "o", color=_colour(at), alpha=0.6, markeredgewidth=0, markersize=6)
     axes.set_xticks(range(len(variants)), [row.title for row in variants], rotation=25, ha="right")
+    for at, label in enumerate(axes.get_xticklabels()):
+        label.set_color(_colour(at))  # the legend of both panels
     axes.set_xlim(-0.6, len(variants) - 0.4)
     seeds = ", ".join(variants[0].accuracy)
     axes.set(ylabel="verification accuracy, %", title=f"mean ± standard deviation; dots: seeds {seeds}")
@@ -53,9 +55,8 @@ def _draw_seeds(axes: Axes, variants: Sequence[VariantResult]) -> None:
 def _draw_consistency(axes: Axes, variants: Sequence[VariantResult]) -> None:
     for at, row in enumerate(variants):
         x, y = 100 * row.metrics[AGAINST], 100 * row.mean
-        axes.errorbar(x, y, yerr=_spread(row.std), fmt="o", capsize=4, color=_colour(at), label=row.title)
+        axes.errorbar(x, y, yerr=_spread(row.std), fmt="o", capsize=4, color=_colour(at))
     axes.margins(x=0.1)
-    axes.legend(fontsize="x-small")
     axes.set(
         xlabel=f"{DEFINITIONS[AGAINST].title}, % (r = {variants[0].metrics['radius']:.2f})", title="against consistency"
     )
