@@ -47,7 +47,7 @@ MATCH_FMR = 1e-3  # r = 1 - the cosine at this false match rate, where radius=au
 
 
 def open_sets(options: EvaluationSettings) -> list[GeneratedSet]:
-    """The generated sets. UserError as `open_set`, for two of one name, and where output_dir lies in one."""
+    """The generated sets. UserError as `open_set`, for two of one name, and where files would be written into a set."""
     listed = options.listed()
     sets = [open_set(entry, key) for entry, key in listed]
     taken: dict[str, str] = dict.fromkeys(OWN_FOLDERS, "a folder of the evaluation")
@@ -56,7 +56,8 @@ def open_sets(options: EvaluationSettings) -> list[GeneratedSet]:
             if name in taken:
                 raise UserError(f"{key}.name: {name} is {taken[name]}; give another")
             taken[name] = f"the name of {key}"
-    check_output(Path(options.output_dir), [Path(found.root) for found in sets])
+    real = [] if options.real.root is None else [options.real.root]
+    check_output(Path(options.output_dir), taken, [*(found.root for found in sets), *real])
     return sets
 
 
