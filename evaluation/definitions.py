@@ -95,12 +95,15 @@ DEFINITIONS: dict[str, Definition] = {
     ),
     "precision": Definition(
         "precision",
-        "Share of generated images inside the k-nearest-neighbour balls of real ones.",
+        "Share of generated images inside the k-nearest-neighbour balls (Euclidean, of features) of real ones.",
         _PRECISION,
         "higher",
     ),
     "recall": Definition(
-        "recall", "Share of real images inside the k-nearest-neighbour balls of generated ones.", _PRECISION, "higher"
+        "recall",
+        "Share of real images inside the k-nearest-neighbour balls (Euclidean, of features) of generated ones.",
+        _PRECISION,
+        "higher",
     ),
     "fid": Definition(
         "FID",
