@@ -139,6 +139,30 @@ def test_opens_an_identity(report, open_page):
     assert page.locator("dialog[open]").count() == 0
 
 
+def test_turns_identities_with_the_keyboard(report, open_page):
+    """The focus stays in the dialog and on its button, whatever the button replaced."""
+    file, (first, _) = report
+    page = open_page(file)
+    ranks = ranked(first, first.identities.consistency, 8)
+    page.focus("#sheet .identity")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog[open] .images figure")
+
+    def turned(key: str, rank: int) -> None:
+        page.keyboard.press(key)
+        page.wait_for_function(f"document.getElementById('identity-name').textContent === '{ranks[rank]}'")
+
+    for rank in (1, 2, 3):
+        turned("ArrowRight", rank)
+    turned("ArrowLeft", 2)
+    page.focus('[aria-label="next identity"]')
+    for rank in (3, 4):
+        turned("Enter", rank)
+    page.focus("dialog .order select")
+    page.keyboard.press("ArrowDown")
+    assert page.inner_text("#identity-name") == ranks[4]  # the arrows are the list's there
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_fits_a_phone(report, open_page, scheme):
     page = open_page(report[0], viewport={"width": 390, "height": 844}, color_scheme=scheme, has_touch=True)
