@@ -3,12 +3,14 @@
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 
 from evaluation.report import write_report
-from tests.evaluated_sets import evaluated, write_folders
+from tests.evaluated_sets import evaluated, stripes, write_folders
+from utils.images import write_image
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -171,6 +173,26 @@ def test_fits_a_phone(report, open_page, scheme):
     assert paper == ("rgb(251, 250, 248)" if scheme == "light" else "rgb(20, 23, 26)")
     page.tap(".term >> nth=0")
     assert page.is_visible("#tip")
+
+
+def test_long_and_hostile_names_stay_inside(open_page, tmp_path):
+    """Names are folders of any kind: they break at any letter, are links that lead there, and run nothing."""
+    people = ["a" * 120, "<script>document.title = 1<", "per cent %41#?", "quo'te\"", "名前"]
+    root = tmp_path / "x" / ("set_" * 20)
+    files = [f"{name}/{k}.png" for name in people for k in range(3)]
+    for number, file in enumerate(files):
+        write_image(root / file, stripes(number // 3, number % 3))
+    result = evaluated("set_" * 20, root, files, seed=0, training=(root, files))
+    page = open_page(write_report([result], tmp_path / "report.html"), viewport={"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.title() == f"{'set_' * 20}: evaluation"
+    for card in range(len(people)):
+        page.click(f"#sheet .identity >> nth={card}")
+        page.wait_for_selector("dialog[open] .images figure")
+        assert page.evaluate("(d => d.scrollWidth - d.clientWidth)(document.getElementById('identity'))") == 0
+        address = page.locator("dialog .images a").first.evaluate("link => link.href")
+        assert unquote(urlsplit(address).path) == str(root / page.inner_text("#identity-name") / "0.png")
+        page.keyboard.press("Escape")
 
 
 def test_defines_its_terms(report, open_page):
