@@ -155,19 +155,19 @@ DEFINITIONS: dict[str, Definition] = {
     ),
     "reproduction_real_variation": Definition(
         "real, variation",
-        "Accuracy where the second image of a pair is one generated from its embedding.",
+        "Accuracy where the second image of a pair is one generated from its person's context.",
         _REPRODUCTION,
         "higher",
     ),
     "reproduction_variation_real": Definition(
         "variation, real",
-        "Accuracy where the first image of a pair is one generated from its embedding.",
+        "Accuracy where the first image of a pair is one generated from its person's context.",
         _REPRODUCTION,
         "higher",
     ),
     "reproduction_variation_variation": Definition(
         "variation, variation",
-        "Accuracy where both images of a pair are generated from their embeddings.",
+        "Accuracy where both images of a pair are generated from their people's contexts.",
         _REPRODUCTION,
         "higher",
     ),

@@ -84,6 +84,12 @@ def measure(material: Material, bench: Bench, name: str) -> SetResult:
     neighbour_cosine, neighbour = nearest_neighbours(centres, centres, skip_own=True)
     metrics |= scores.metrics() | consistency.metrics() | {"u_class": u_class, "radius": bench.radius}
 
+    if alone := int(np.count_nonzero(np.bincount(labels) == 1)):
+        warnings.append(
+            f"{alone} of {len(material.names)} identities have one image, which is its own centre: they count as "
+            "consistent whatever it shows"
+        )
+
     copies = np.full(len(labels), -1)
     if options.duplicate_cosine is not None:
         duplicates = find_duplicates(material.embeddings, labels, options.duplicate_cosine)

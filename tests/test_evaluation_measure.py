@@ -64,6 +64,18 @@ def test_matched_identities_have_diversity_and_reproduction(sets):
     assert result.warnings == []
 
 
+def test_identities_of_one_image_are_told(sets):
+    """Their image is their centre: C_intra is 1 of noise, too."""
+    material, bench = sets
+    kept = np.ones(len(material.labels), bool)
+    kept[1:IMAGES] = False
+    result = measure(material.select(kept), bench, "set")
+    assert result.identities.near_share[0] == 1
+    assert [warning for warning in result.warnings if "one image" in warning and "consistent" in warning] == [
+        f"1 of {PEOPLE} identities have one image, which is its own centre: they count as consistent whatever it shows"
+    ]
+
+
 def test_wrong_matches_show(sets):
     material, bench = sets
     swapped = Material(**{**vars(material), "matches": {k: k for k in range(PEOPLE)}})
