@@ -70,7 +70,7 @@ class Bench:
 def measure(material: Material, bench: Bench, name: str) -> SetResult:
     """The result of a set, or of the part of one that curation left; `name` is what the report calls it."""
     options, source, labels = bench.options, material.source, material.labels
-    warnings = list(source.warnings)
+    warnings = [*source.warnings, *([] if bench.real is None else bench.real.source.warnings)]
     metrics: dict[str, Any] = dict.fromkeys(DEFINITIONS)
     metrics |= {"num_images": len(labels), "num_identities": len(material.names)}
 

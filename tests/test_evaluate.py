@@ -201,6 +201,11 @@ def test_embeddings_of_encode_serve_the_real_set(world, first, tmp_path):
     found = run(words(world, tmp_path / "out", *more))["sets"]["faces"]
     for key in KEYS:
         assert found["metrics"][key] == pytest.approx(first[0]["sets"]["faces"]["metrics"][key], abs=1e-5)
+    rows, names = np.load(world / "embeddings/embeddings.npy"), list_images(world / "real")
+    np.savez(tmp_path / "some.npz", names=names[4:], embeddings=rows[4:])  # a person fewer, and no encoder.json
+    some = run(words(world, tmp_path / "out", f"real.embeddings_file={tmp_path / 'some.npz'}"))["sets"]["faces"]
+    told = " ".join(some["warnings"])
+    assert "4 of 48 real images have no embedding" in told and "nothing tells which network made some.npz" in told
 
 
 def evaluate_here(arguments: list[str]) -> dict[str, float]:
