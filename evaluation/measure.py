@@ -64,7 +64,7 @@ class Bench:
     @cached_property
     def real_statistics(self) -> FeatureStatistics:
         """Of the real features."""
-        return statistics_of(self.real.features)
+        return statistics_of(self.real.drawn_features)
 
 
 def measure(material: Material, bench: Bench, name: str) -> SetResult:
@@ -187,17 +187,18 @@ def _feature_metrics(material: Material, bench: Bench, warnings: list[str]) -> d
         warnings.append("FID, precision and recall need the real images; give real.root")
         return {}
     found: dict[str, float | int | None] = {}
-    fewest = min(len(material.features), len(bench.real.features))
+    own, real = material.drawn_features, bench.real.drawn_features
+    fewest = min(len(own), len(real))
     if fewest > 1:
-        found["fid"] = frechet_distance(statistics_of(material.features), bench.real_statistics)
-        if fewest <= material.features.shape[1]:
+        found["fid"] = frechet_distance(statistics_of(own), bench.real_statistics)
+        if fewest <= own.shape[1]:
             warnings.append(
-                f"FID is of {fewest} images in features {material.features.shape[1]} wide, too few for a covariance: "
+                f"FID is of {fewest} images in features {own.shape[1]} wide, too few for a covariance: "
                 "it is high whatever they show, and compares with sets of this size alone"
             )
     k = bench.options.neighbours
     if fewest > k:
-        found |= precision_recall(bench.real.features, material.features, k).metrics()
+        found |= precision_recall(real, own, k).metrics()
     else:
         warnings.append(f"precision and recall need more than neighbours={k} images of each set, there are {fewest}")
     return found | _diversity(material, bench, warnings)
