@@ -95,12 +95,15 @@ DEFINITIONS: dict[str, Definition] = {
     ),
     "precision": Definition(
         "precision",
-        "Share of generated images inside the k-nearest-neighbour balls of real ones.",
+        "Share of generated images inside the k-nearest-neighbour balls (Euclidean, of features) of real ones.",
         _PRECISION,
         "higher",
     ),
     "recall": Definition(
-        "recall", "Share of real images inside the k-nearest-neighbour balls of generated ones.", _PRECISION, "higher"
+        "recall",
+        "Share of real images inside the k-nearest-neighbour balls (Euclidean, of features) of generated ones.",
+        _PRECISION,
+        "higher",
     ),
     "fid": Definition(
         "FID",
@@ -152,19 +155,19 @@ DEFINITIONS: dict[str, Definition] = {
     ),
     "reproduction_real_variation": Definition(
         "real, variation",
-        "Accuracy where the second image of a pair is one generated from its embedding.",
+        "Accuracy where the second image of a pair is one generated from its person's context.",
         _REPRODUCTION,
         "higher",
     ),
     "reproduction_variation_real": Definition(
         "variation, real",
-        "Accuracy where the first image of a pair is one generated from its embedding.",
+        "Accuracy where the first image of a pair is one generated from its person's context.",
         _REPRODUCTION,
         "higher",
     ),
     "reproduction_variation_variation": Definition(
         "variation, variation",
-        "Accuracy where both images of a pair are generated from their embeddings.",
+        "Accuracy where both images of a pair are generated from their people's contexts.",
         _REPRODUCTION,
         "higher",
     ),

@@ -28,17 +28,19 @@ class Material:
     feature_rows: np.ndarray | None  # (n,) int, in `rows`; None: there are no features
     features: np.ndarray | None  # (n, F) float32
     matches: dict[int, int]  # identity => the real one that it was drawn from
+    is_drawn: np.ndarray | None = None  # (n,) bool, of `feature_rows` those that the seed drew; None: all
 
     def select(self, kept: np.ndarray) -> Material:
         """The part that `kept` (N,) bool tells, which holds at least one image."""
         chosen = np.flatnonzero(kept)
         present, labels = np.unique(self.labels[chosen], return_inverse=True)
-        features = feature_rows = None
+        features = feature_rows = is_drawn = None
         if self.feature_rows is not None:
             position = np.full(len(self.rows), -1)
             position[chosen] = np.arange(len(chosen))
             moved = position[self.feature_rows]
             feature_rows, features = moved[moved >= 0], self.features[moved >= 0]
+            is_drawn = None if self.is_drawn is None else self.is_drawn[moved >= 0]
         return Material(
             source=self.source,
             rows=self.rows[chosen],
@@ -48,7 +50,13 @@ class Material:
             feature_rows=feature_rows,
             features=features,
             matches={k: self.matches[label] for k, label in enumerate(present.tolist()) if label in self.matches},
+            is_drawn=is_drawn,
         )
+
+    @property
+    def drawn_features(self) -> np.ndarray:
+        """(n', F), a fair sample of the set's: without those of images that are there as matched ones alone."""
+        return self.features if self.is_drawn is None else self.features[self.is_drawn]
 
     @property
     def files(self) -> list[str]:
@@ -65,14 +73,25 @@ class RealMaterial:
     centres: np.ndarray  # (M, D) float32 unit rows
     feature_rows: np.ndarray | None  # (n,) int, in the real images
     features: np.ndarray | None  # (n, F)
+    is_drawn: np.ndarray | None = None  # (n,) bool, as in Material
 
     @classmethod
     def of(
-        cls, source: RealSet, embeddings: np.ndarray, feature_rows: np.ndarray | None, features: np.ndarray | None
+        cls,
+        source: RealSet,
+        embeddings: np.ndarray,
+        feature_rows: np.ndarray | None,
+        features: np.ndarray | None,
+        is_drawn: np.ndarray | None = None,
     ) -> RealMaterial:
         """With the centres of the identities."""
         centres = identity_centres(embeddings, source.images.labels, len(source.images.identities))
-        return cls(source, embeddings, centres, feature_rows, features)
+        return cls(source, embeddings, centres, feature_rows, features, is_drawn)
+
+    @property
+    def drawn_features(self) -> np.ndarray:
+        """(n', F), as in Material."""
+        return self.features if self.is_drawn is None else self.features[self.is_drawn]
 
     @property
     def labels(self) -> np.ndarray:
@@ -85,12 +104,15 @@ class RealMaterial:
         return self.source.images.identities
 
 
-def rows_for_features(labels: np.ndarray, identities: np.ndarray, count: int, seed: int) -> np.ndarray:
+def rows_for_features(
+    labels: np.ndarray, identities: np.ndarray, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Whose features are computed, ascending: `count` images drawn by `seed`, and all of `identities`.
 
-    labels: (N,) int.
+    labels: (N,) int. Returns rows (n,), and which of them were drawn, bool (n,): the others are no fair sample.
     """
     drawn = np.arange(len(labels))
     if len(labels) > count:
         drawn = np.random.default_rng(seed_for(seed, "features")).choice(len(labels), count, replace=False)
-    return np.union1d(drawn, np.flatnonzero(np.isin(labels, identities)))
+    rows = np.union1d(drawn, np.flatnonzero(np.isin(labels, identities)))
+    return rows, np.isin(rows, drawn)

@@ -64,13 +64,13 @@ class Bench:
     @cached_property
     def real_statistics(self) -> FeatureStatistics:
         """Of the real features."""
-        return statistics_of(self.real.features)
+        return statistics_of(self.real.drawn_features)
 
 
 def measure(material: Material, bench: Bench, name: str) -> SetResult:
     """The result of a set, or of the part of one that curation left; `name` is what the report calls it."""
     options, source, labels = bench.options, material.source, material.labels
-    warnings = list(source.warnings)
+    warnings = [*source.warnings, *([] if bench.real is None else bench.real.source.warnings)]
     metrics: dict[str, Any] = dict.fromkeys(DEFINITIONS)
     metrics |= {"num_images": len(labels), "num_identities": len(material.names)}
 
@@ -83,6 +83,12 @@ def measure(material: Material, bench: Bench, name: str) -> SetResult:
     u_class, _ = unique_identities(centres, bench.radius)
     neighbour_cosine, neighbour = nearest_neighbours(centres, centres, skip_own=True)
     metrics |= scores.metrics() | consistency.metrics() | {"u_class": u_class, "radius": bench.radius}
+
+    if alone := int(np.count_nonzero(np.bincount(labels) == 1)):
+        warnings.append(
+            f"{alone} of {len(material.names)} identities have one image, which is its own centre: they count as "
+            "consistent whatever it shows"
+        )
 
     copies = np.full(len(labels), -1)
     if options.duplicate_cosine is not None:
@@ -181,17 +187,18 @@ def _feature_metrics(material: Material, bench: Bench, warnings: list[str]) -> d
         warnings.append("FID, precision and recall need the real images; give real.root")
         return {}
     found: dict[str, float | int | None] = {}
-    fewest = min(len(material.features), len(bench.real.features))
+    own, real = material.drawn_features, bench.real.drawn_features
+    fewest = min(len(own), len(real))
     if fewest > 1:
-        found["fid"] = frechet_distance(statistics_of(material.features), bench.real_statistics)
-        if fewest <= material.features.shape[1]:
+        found["fid"] = frechet_distance(statistics_of(own), bench.real_statistics)
+        if fewest <= own.shape[1]:
             warnings.append(
-                f"FID is of {fewest} images in features {material.features.shape[1]} wide, too few for a covariance: "
+                f"FID is of {fewest} images in features {own.shape[1]} wide, too few for a covariance: "
                 "it is high whatever they show, and compares with sets of this size alone"
             )
     k = bench.options.neighbours
     if fewest > k:
-        found |= precision_recall(bench.real.features, material.features, k).metrics()
+        found |= precision_recall(real, own, k).metrics()
     else:
         warnings.append(f"precision and recall need more than neighbours={k} images of each set, there are {fewest}")
     return found | _diversity(material, bench, warnings)

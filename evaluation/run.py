@@ -47,7 +47,7 @@ MATCH_FMR = 1e-3  # r = 1 - the cosine at this false match rate, where radius=au
 
 
 def open_sets(options: EvaluationSettings) -> list[GeneratedSet]:
-    """The generated sets. UserError as `open_set`, for two of one name, and where output_dir lies in one."""
+    """The generated sets. UserError as `open_set`, for two of one name, and where files would be written into a set."""
     listed = options.listed()
     sets = [open_set(entry, key) for entry, key in listed]
     taken: dict[str, str] = dict.fromkeys(OWN_FOLDERS, "a folder of the evaluation")
@@ -56,7 +56,8 @@ def open_sets(options: EvaluationSettings) -> list[GeneratedSet]:
             if name in taken:
                 raise UserError(f"{key}.name: {name} is {taken[name]}; give another")
             taken[name] = f"the name of {key}"
-    check_output(Path(options.output_dir), [Path(found.root) for found in sets])
+    real = [] if options.real.root is None else [options.real.root]
+    check_output(Path(options.output_dir), taken, [*(found.root for found in sets), *real])
     return sets
 
 
@@ -136,7 +137,9 @@ def _embed_real(
     matches: those of all generated sets; compares: whether features are compared.
     """
     wanted = np.array(sorted({other for matched in matches for other in matched.values()}), np.int64)
-    rows = rows_for_features(real.images.labels, wanted, options.feature_images, options.seed) if compares else None
+    rows = is_drawn = None
+    if compares:
+        rows, is_drawn = rows_for_features(real.images.labels, wanted, options.feature_images, options.seed)
     apart = compares and extraction.features.network is not None
     digests = content_digests(real.images, "real") if real.embeddings is None or apart else None
     embedded = extraction.embed(real.images, digests, "real") if real.embeddings is None else None
@@ -145,7 +148,7 @@ def _embed_real(
     def load() -> RealMaterial:
         embeddings = real.embeddings if embedded is None else embedded.load()
         features = None if rows is None else embeddings[rows] if featured is None else featured.load()
-        return RealMaterial.of(real, embeddings, rows, features)
+        return RealMaterial.of(real, embeddings, rows, features, is_drawn)
 
     return load
 
@@ -155,7 +158,9 @@ def _embed(
 ) -> Callable[[], Material]:
     """Embed a generated set; the function that loads it, for the first process."""
     labels, identities = found.images.labels, np.array(sorted(matched), np.int64)
-    rows = rows_for_features(labels, identities, options.feature_images, options.seed) if compares else None
+    rows = is_drawn = None
+    if compares:
+        rows, is_drawn = rows_for_features(labels, identities, options.feature_images, options.seed)
     digests = content_digests(found.images, found.name)
     embedded = extraction.embed(found.images, digests, found.name)
     apart = compares and extraction.features.network is not None
@@ -165,7 +170,8 @@ def _embed(
         embeddings = embedded.load()
         features = None if rows is None else embeddings[rows] if featured is None else featured.load()
         everything = np.arange(len(labels))
-        return Material(found, everything, labels, found.images.identities, embeddings, rows, features, matched)
+        names = found.images.identities
+        return Material(found, everything, labels, names, embeddings, rows, features, matched, is_drawn)
 
     return load
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,18 @@ class EvaluationSettings:
         return [(settings(entry, DataSettings, f"sets[{k}]"), f"sets[{k}]") for k, entry in enumerate(self.sets)]
 
 
-def check_output(output_dir: Path, roots: list[Path]) -> None:
-    """UserError where the evaluation would write into a set that it reads."""
-    for root in roots:
-        if root.is_dir() and (output_dir.resolve() == root.resolve() or root.resolve() in output_dir.resolve().parents):
+def check_output(output_dir: Path, names: Iterable[str], roots: Iterable[str | Path]) -> None:
+    """UserError where the evaluation would write into a set that it reads: `output_dir`, or its folder of one of
+    `names`, lies in one of `roots`."""
+    for root in (Path(root).expanduser() for root in roots):
+        if not root.is_dir():
+            continue
+        place = root.resolve()
+        if place in (output_dir.resolve(), *output_dir.resolve().parents):
             raise UserError(f"output_dir: {output_dir} lies in {root}, where its folders would count as identities")
+        for name in names:
+            if (output_dir / name).resolve() == place:
+                raise UserError(
+                    f"output_dir: {output_dir / name} would hold the results of a set, and holds its images; "
+                    "give another output_dir"
+                )

@@ -201,6 +201,11 @@ def test_embeddings_of_encode_serve_the_real_set(world, first, tmp_path):
     found = run(words(world, tmp_path / "out", *more))["sets"]["faces"]
     for key in KEYS:
         assert found["metrics"][key] == pytest.approx(first[0]["sets"]["faces"]["metrics"][key], abs=1e-5)
+    rows, names = np.load(world / "embeddings/embeddings.npy"), list_images(world / "real")
+    np.savez(tmp_path / "some.npz", names=names[4:], embeddings=rows[4:])  # a person fewer, and no encoder.json
+    some = run(words(world, tmp_path / "out", f"real.embeddings_file={tmp_path / 'some.npz'}"))["sets"]["faces"]
+    told = " ".join(some["warnings"])
+    assert "4 of 48 real images have no embedding" in told and "nothing tells which network made some.npz" in told
 
 
 def evaluate_here(arguments: list[str]) -> dict[str, float]:
@@ -349,6 +354,9 @@ MISTAKES = [
     (["data.samples_dir={tmp}/short"], r"manifest\.jsonl line 1: has no seed"),
     (["data.alignment_report={tmp}/none.jsonl"], r"data\.alignment_report: no such file"),
     (["output_dir={world}/faces/out"], "output_dir: .* lies in .*faces"),
+    (["output_dir={world}/real/out"], "output_dir: .* lies in .*real"),
+    (["output_dir={world}"], "output_dir: .*faces would hold the results of a set, and holds its images; give another"),
+    (["output_dir={world}", "data.name=real"], "output_dir: .*real would hold the results of a set"),
     (["real.root={tmp}/none"], r"real\.root: no such folder"),
     (["real.root=null", "real.match=names"], r"real\.match: there is no real set"),
     (["real.root=null", "radius=auto"], "radius: auto is read off the real set"),

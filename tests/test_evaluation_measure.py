@@ -64,6 +64,18 @@ def test_matched_identities_have_diversity_and_reproduction(sets):
     assert result.warnings == []
 
 
+def test_identities_of_one_image_are_told(sets):
+    """Their image is their centre: C_intra is 1 of noise, too."""
+    material, bench = sets
+    kept = np.ones(len(material.labels), bool)
+    kept[1:IMAGES] = False
+    result = measure(material.select(kept), bench, "set")
+    assert result.identities.near_share[0] == 1
+    assert [warning for warning in result.warnings if "one image" in warning and "consistent" in warning] == [
+        f"1 of {PEOPLE} identities have one image, which is its own centre: they count as consistent whatever it shows"
+    ]
+
+
 def test_wrong_matches_show(sets):
     material, bench = sets
     swapped = Material(**{**vars(material), "matches": {k: k for k in range(PEOPLE)}})
@@ -96,10 +108,32 @@ def test_too_few_images_are_said_and_not_guessed(sets):
 
 def test_which_images_give_features():
     labels = np.arange(100) // 4
-    rows = rows_for_features(labels, np.array([3, 24]), 10, seed=0)
+    rows, is_drawn = rows_for_features(labels, np.array([3, 24]), 10, seed=0)
     assert {*range(12, 16), *range(96, 100)} < set(rows.tolist()) and len(rows) <= 18
-    np.testing.assert_array_equal(rows, rows_for_features(labels, np.array([3, 24]), 10, seed=0))
-    assert rows_for_features(labels, np.array([], np.int64), 100, seed=0).tolist() == list(range(100))
+    assert np.count_nonzero(is_drawn) == 10 and len(rows) > 10
+    np.testing.assert_array_equal(rows, rows_for_features(labels, np.array([3, 24]), 10, seed=0)[0])
+    np.testing.assert_array_equal(rows[is_drawn], rows_for_features(labels, np.array([], np.int64), 10, seed=0)[0])
+    rows, is_drawn = rows_for_features(labels, np.array([], np.int64), 100, seed=0)
+    assert rows.tolist() == list(range(100)) and is_drawn.all()
+
+
+def test_matched_images_do_not_weigh_in_figures_of_the_whole(sets):
+    """FID, precision and recall are of the drawn images; D_intra is of the matched ones, too."""
+    material, bench = sets
+    is_drawn = np.arange(len(material.rows)) % 3 == 0
+    drawn = material.features[is_drawn]
+    found = measure(Material(**{**vars(material), "is_drawn": is_drawn}), bench, "set").metrics
+    alone = measure(
+        Material(**{**vars(material), "feature_rows": np.flatnonzero(is_drawn), "features": drawn, "matches": {}}),
+        bench,
+        "set",
+    ).metrics
+    whole = measure(material, bench, "set").metrics
+    for key in ("fid", "precision", "recall"):
+        assert found[key] == alone[key]
+    assert found["fid"] != whole["fid"] and found["d_intra"] == whole["d_intra"]
+    kept = Material(**{**vars(material), "is_drawn": is_drawn}).select(is_drawn | (material.labels < 3))
+    np.testing.assert_array_equal(kept.drawn_features, drawn)
 
 
 @pytest.mark.parametrize(

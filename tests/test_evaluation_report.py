@@ -5,6 +5,7 @@ import json
 import re
 import zlib
 from base64 import b64decode
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -212,6 +213,23 @@ def test_marks_the_better_set(result):
     settings = {key: (values, differs) for key, values, differs in tables.settings([result, other])}
     assert settings["of"] == (["drawn <set>", "b"], True)
     assert settings["settings.latent_shape"] == (["3, 32, 32", "3, 32, 32"], False)
+
+
+def test_says_what_figures_do_not_compare_with(result, tmp_path):
+    """Features of one's own compare with nobody's; precision, recall and FID only with those of as many images."""
+    metrics = {**result.metrics, "recall": 0.5, "fid": 3.0, "d_intra": 0.4}
+    whole = replace(result, metrics=metrics)
+    files = result.images.files[:50]
+    part = replace(whole, name="part", images=replace(result.images, files=files))
+    published = {"name": "Inception-v3 (2015-12-05)", "sha256": "0", "is_comparable": True}
+    (own,) = tables.caveats([whole, whole])
+    assert own.startswith("recall, FID, D_intra are computed in its features, and do not compare with published")
+    assert tables.caveats([replace(whole, features=published)]) == []
+    (size,) = tables.caveats([replace(whole, features=published), replace(part, features=published)])
+    assert size.startswith("recall, FID depend on the number of images, which is 50 to 90 here")
+    assert tables.caveats([result]) == []  # it has none of these figures
+    written = write_report([whole], tmp_path / "report.html").read_text()
+    assert own.replace("'", "&#39;") in written
 
 
 def test_questions_ask_for_defined_metrics():

@@ -3,12 +3,14 @@
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 
 from evaluation.report import write_report
-from tests.evaluated_sets import evaluated, write_folders
+from tests.evaluated_sets import evaluated, stripes, write_folders
+from utils.images import write_image
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -139,6 +141,30 @@ def test_opens_an_identity(report, open_page):
     assert page.locator("dialog[open]").count() == 0
 
 
+def test_turns_identities_with_the_keyboard(report, open_page):
+    """The focus stays in the dialog and on its button, whatever the button replaced."""
+    file, (first, _) = report
+    page = open_page(file)
+    ranks = ranked(first, first.identities.consistency, 8)
+    page.focus("#sheet .identity")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog[open] .images figure")
+
+    def turned(key: str, rank: int) -> None:
+        page.keyboard.press(key)
+        page.wait_for_function(f"document.getElementById('identity-name').textContent === '{ranks[rank]}'")
+
+    for rank in (1, 2, 3):
+        turned("ArrowRight", rank)
+    turned("ArrowLeft", 2)
+    page.focus('[aria-label="next identity"]')
+    for rank in (3, 4):
+        turned("Enter", rank)
+    page.focus("dialog .order select")
+    page.keyboard.press("ArrowDown")
+    assert page.inner_text("#identity-name") == ranks[4]  # the arrows are the list's there
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_fits_a_phone(report, open_page, scheme):
     page = open_page(report[0], viewport={"width": 390, "height": 844}, color_scheme=scheme, has_touch=True)
@@ -147,6 +173,26 @@ def test_fits_a_phone(report, open_page, scheme):
     assert paper == ("rgb(251, 250, 248)" if scheme == "light" else "rgb(20, 23, 26)")
     page.tap(".term >> nth=0")
     assert page.is_visible("#tip")
+
+
+def test_long_and_hostile_names_stay_inside(open_page, tmp_path):
+    """Names are folders of any kind: they break at any letter, are links that lead there, and run nothing."""
+    people = ["a" * 120, "<script>document.title = 1<", "per cent %41#?", "quo'te\"", "名前"]
+    root = tmp_path / "x" / ("set_" * 20)
+    files = [f"{name}/{k}.png" for name in people for k in range(3)]
+    for number, file in enumerate(files):
+        write_image(root / file, stripes(number // 3, number % 3))
+    result = evaluated("set_" * 20, root, files, seed=0, training=(root, files))
+    page = open_page(write_report([result], tmp_path / "report.html"), viewport={"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.title() == f"{'set_' * 20}: evaluation"
+    for card in range(len(people)):
+        page.click(f"#sheet .identity >> nth={card}")
+        page.wait_for_selector("dialog[open] .images figure")
+        assert page.evaluate("(d => d.scrollWidth - d.clientWidth)(document.getElementById('identity'))") == 0
+        address = page.locator("dialog .images a").first.evaluate("link => link.href")
+        assert unquote(urlsplit(address).path) == str(root / page.inner_text("#identity-name") / "0.png")
+        page.keyboard.press("Escape")
 
 
 def test_defines_its_terms(report, open_page):

@@ -7,6 +7,7 @@ async function openIdentity(identity) {
   const table = identity.files ? await inflate(identity.files) : null;
   if (table && typeof table.files === "string") table.files = table.index.map((number) => number + table.files);
   const seeds = identity.seeds ? await inflate(identity.seeds) : null;
+  const held = dialog.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
   const grid = element("div", { class: "images" }, ...images(identity, table, seeds));
   dialog.replaceChildren(
     heading(identity),
@@ -16,7 +17,14 @@ async function openIdentity(identity) {
       grid,
       onDisk(identity, table, grid)));
   if (!dialog.open) dialog.showModal();
+  if (held) refocus(held);
   dialog.scrollTop = 0;
+}
+
+// The button of this label was replaced by its like: the keyboard stays on it, or on "close" where it can do no more.
+function refocus(label) {
+  const button = dialog.querySelector(`button[aria-label="${label}"]`);
+  (button && !button.disabled ? button : byId("close")).focus();
 }
 
 function heading(identity) {
@@ -111,8 +119,8 @@ function onDisk(identity, table, grid) {
 dialog.addEventListener("click", (event) => {
   if (event.target === dialog) dialog.close(); // beside the dialog
 });
-dialog.addEventListener("keydown", (event) => {
-  if (event.target.matches("select, input")) return;
+document.addEventListener("keydown", (event) => { // of the document: a click between the tiles leaves the focus on none of them
+  if (!dialog.open || event.target.matches("select, input")) return;
   const arrow = { ArrowLeft: "previous identity", ArrowRight: "next identity" }[event.key];
-  if (arrow) dialog.querySelector(`[aria-label="${arrow}"]`).click();
+  if (arrow) dialog.querySelector(`button[aria-label="${arrow}"]`).click();
 });

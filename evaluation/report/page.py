@@ -93,6 +93,7 @@ def _content(
         "scripts": Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)),
         "warnings": {w: [r.name for r in results if w in r.warnings] for result in results for w in result.warnings},
         "headlines": tables.headlines(results),
+        "caveats": tables.caveats(results),
         "metrics": tables.all_rows(results),
         "gates": tables.CONSISTENCY_GATES,
         "published": tables.published_rows(),

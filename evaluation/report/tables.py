@@ -22,6 +22,9 @@ QUESTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 # C_intra of three generated sets and the accuracy that they trained recognisers to: chance, chance, and a working one
 # (DCFace, CVPR 2023, with its own embedder).
 CONSISTENCY_GATES = ((0.59, "50 %"), (COLLAPSED, "50 %"), (TRAINED, "89 %"))
+FEATURE_METRICS = ("precision", "recall", "fid", "d_intra")
+SIZE_METRICS = ("precision", "recall", "fid")  # that depend on how many images there are
+SAME_SIZE = 1.1  # numbers of images no further apart than by this factor count as one
 MISSING = "–"
 
 
@@ -65,6 +68,28 @@ def headlines(results: Sequence[SetResult]) -> list[tuple[str, str, list[Row]]]:
     """(question, what it means, rows), without questions that nothing answers."""
     answered = ((question, meaning, rows(results, keys)) for question, meaning, keys in QUESTIONS)
     return [(question, meaning, found) for question, meaning, found in answered if found]
+
+
+def caveats(results: Sequence[SetResult]) -> list[str]:
+    """What has to be known before the figures are compared with published ones, or with one another; a line each."""
+    found = []
+    networks = [r.features["name"] for r in results if not r.features["is_comparable"]]
+    if networks and (told := rows(results, FEATURE_METRICS)):
+        found.append(
+            f"{_listed(told)} are computed in {', '.join(dict.fromkeys(networks))}, and do not compare with published "
+            "figures, which are of Inception's features."
+        )
+    sizes = [len(result.images.files) for result in results]
+    if max(sizes) > SAME_SIZE * min(sizes) and (told := rows(results, SIZE_METRICS)):
+        found.append(
+            f"{_listed(told)} depend on the number of images, which is {min(sizes):,} to {max(sizes):,} here: a part "
+            "of a set has other ones, whatever it shows."
+        )
+    return found
+
+
+def _listed(found: Sequence[Row]) -> str:
+    return ", ".join(row.definition.title for row in found)
 
 
 def _cells(values: Sequence[float | None], definition: Definition) -> list[Cell]:
