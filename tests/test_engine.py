@@ -149,6 +149,18 @@ def test_bf16_stays_close_and_casts_products_once(small, starts):
         assert relative_error(a.x_t, b.x_t) < 0.1
 
 
+@pytest.mark.parametrize("condition_type", ["CA", "AdaGN", "AddPlusGN", "DiffAE"])
+def test_bf16_is_the_same_in_a_second_engine(small, starts, condition_type):
+    """The process that measured the threshold draws as one does that read it."""
+    unet = fill_deterministic(type(small[0])(**{**test_samplers.SMALL, "condition_type": condition_type}))
+    rule = TwoStage(0.0, MIN_T) if condition_type == "CA" else OneStage()
+
+    def drawn() -> list[Trajectory]:
+        return draw(Engine(unet, rule, ddim(small[3], NUM_STEPS), compute_batch=6, precision="bf16"), starts[:2])
+
+    assert same(drawn(), drawn())
+
+
 # --------------------------------------------------------------------------------------------------------------- cost
 
 
