@@ -354,7 +354,7 @@ def test_images_are_byte_identical_in_any_order(generator, image_size, threads):
 
 def test_values_that_are_not_finite_are_told(generator):
     drawer = FaceDrawer(generator, TwoStageSampler(num_steps=2, min_t=50), DrawingSettings(compute_batch=4))
-    with pytest.raises(FloatingPointError, match="not finite in fp32"):
+    with pytest.raises(UserError, match="not finite in fp32; try another checkpoint"):
         list(drawer.draw([Job(0, 0, torch.full((8,), float("nan")))]))
 
 
