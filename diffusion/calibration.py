@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusion.samplers import calibrate_threshold
 from utils.checkpoint import write_json
+from utils.config import UserError
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -49,6 +50,11 @@ def calibrate(d: Tensor, timesteps: Sequence[int], target_t: int, save_dir: str 
 
 
 def read_calibration(save_dir: str | Path) -> Calibration | None:
-    """The calibration that an earlier run of the same settings kept in the folder."""
+    """The calibration that an earlier run of the same settings kept in the folder; UserError for a damaged file."""
     path = Path(save_dir) / CALIBRATION_FILE
-    return Calibration(**json.loads(path.read_text())) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return Calibration(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it, and the threshold is measured again") from error

@@ -95,7 +95,7 @@ class FaceDrawer:
     def draw(self, jobs: Iterable[Job]) -> Iterator[Drawn]:
         """Draw the images of all jobs, which are pulled when there is room for one; yields them as they end.
 
-        Raises FloatingPointError when the model's output is not finite.
+        Raises UserError when the model's output is not finite.
         """
         ended: list[Trajectory] = []
         decoding: deque[Future[list[Drawn]]] = deque()
@@ -119,7 +119,7 @@ class FaceDrawer:
         """Images of x_0 (n, C, h, w), n >= 1, wherever on its way it was predicted: uint8 (n, H, W, 3), decoded as
         those of `draw` are, to the last bit.
 
-        Raises FloatingPointError for values that are not finite.
+        Raises UserError for values that are not finite.
         """
         chunks = [self.engine.lanes.submit(self._images, chunk) for chunk in x_0.split(self.decoder_batch)]
         return np.concatenate([chunk.result() for chunk in chunks])
@@ -144,9 +144,9 @@ class FaceDrawer:
     def _images(self, x_0: Tensor) -> np.ndarray:
         """At most `decoder_batch` x_0 (n, C, h, w), filled up to so many => uint8 (n, H, W, 3)."""
         if not torch.isfinite(x_0).all():
-            raise FloatingPointError(
-                f"the model draws values that are not finite in {self.settings.precision}; try bf16 or fp32"
-            )
+            precision = self.settings.precision
+            advice = "try another checkpoint or less guidance" if precision == "fp32" else "try bf16 or fp32"
+            raise UserError(f"precision: the model draws values that are not finite in {precision}; {advice}")
         padding = x_0[:1].expand(self.decoder_batch - len(x_0), *x_0.shape[1:])
         with autocast(self.device, self.settings.precision):
             decoded = self.generator.first_stage.decode(torch.cat([x_0, padding]))

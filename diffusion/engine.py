@@ -140,8 +140,8 @@ class Engine:
         self._time = self._compute(self._prepare_time)  # a row for each step
         dtype = None if precision is None else DTYPES[precision]
         if dtype is not None:
-            cast_products(unet, dtype)
-            self._time = self._time.to(dtype)  # made in float32
+            cast_products(unet, dtype, keep=unet.time_layers())  # of which another engine makes the same, in float32
+            self._time = self._time.to(dtype)
         self._empty = self._compute(self._prepare, None)
         self._network = self._forward
         self._is_cold = compile  # its first pass compiles

@@ -55,6 +55,8 @@ def load_identities(unet: ConditionalUNet, contexts_file: str | None, n_contexts
         raise UserError(f"sampling.n_contexts: {n_contexts}; give at least 1")
     names = [NUMBERED.format(number) for number in range(n_contexts)]
     if needs_vectors:
+        if seed < 0:
+            raise UserError(f"sampling.seed: {seed}; give 0 or more, from which uniform contexts can be drawn")
         contexts = torch.from_numpy(uniform_contexts(n_contexts, unet.context_input_channels, seed))
         return Identities(names, contexts, f"uniform, seed {seed}", contexts, depends_on_number=True)
     if not unet.is_context_conditional:

@@ -18,7 +18,7 @@ from diffusion.identities import Identities
 from models.diffusion.unet import ConditionalUNet
 from utils.config import UserError
 from utils.distributed import seed_for
-from utils.similarity import nearest_cosines
+from utils.similarity import nearest_neighbours
 
 
 @dataclass
@@ -73,7 +73,11 @@ def lower_bounds(contexts: np.ndarray, neighbours: np.ndarray, lower_bound: floa
 
     contexts (n, D) unit rows; neighbours (N, D): the contexts, then the others of their source.
     """
-    nearest = np.minimum(nearest_cosines(contexts, neighbours, skip_own=True).astype(np.float64), 1)
+    contexts = contexts.astype(np.float64)
+    nearest, which = nearest_neighbours(contexts, neighbours, skip_own=True)
+    # again, one by one: a product of matrices rounds differently for another number of rows
+    cosines = (contexts * neighbours[which]).sum(axis=1)
+    nearest = np.minimum(np.where(which < 0, nearest, cosines), 1)
     return np.maximum(lower_bound, np.sqrt((1 + nearest) / 2))  # cos(x / 2) from cos(x)
 
 

@@ -7,6 +7,8 @@ Legend: S steps of stage 1, n images.
 """
 
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 
 from diffusion.layouts import Layout, Sample
 from utils.checkpoint import write_atomically
+from utils.config import UserError
 
 MANIFEST_COLUMNS = ("file", "identity", "index", "seed", "switch_t", "sha256")
 OPTIONAL_COLUMNS = ("angle",)  # of identity perturbation, radians
@@ -73,8 +76,14 @@ def _lines_of(path: Path) -> Iterator[Record]:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue  # cut short by a kill: the image is drawn again
-            if isinstance(record, dict) and ("packed" in record or all(c in record for c in MANIFEST_COLUMNS)):
+            if isinstance(record, dict) and ("packed" in record or _is_of_image(record)):
                 yield record
+
+
+def _is_of_image(record: Record) -> bool:
+    """Whether all columns are there, and those by which an image is found are what they should be."""
+    kinds = {"file": str, "identity": str, "index": int}
+    return all(c in record for c in MANIFEST_COLUMNS) and all(isinstance(record[c], k) for c, k in kinds.items())
 
 
 def write_series(path: Path, samples: Sequence[Sample], d: np.ndarray, timesteps: Sequence[int]) -> None:
@@ -96,6 +105,11 @@ def write_series(path: Path, samples: Sequence[Sample], d: np.ndarray, timesteps
 def _read_series(path: Path) -> dict[Sample, np.ndarray]:
     if not path.is_file():
         return {}
-    with np.load(path, allow_pickle=False) as arrays:
-        keys = zip(arrays["identity"].tolist(), arrays["index"].tolist(), strict=True)
-        return dict(zip(keys, arrays["d"].T, strict=True))
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            keys = zip(arrays["identity"].tolist(), arrays["index"].tolist(), strict=True)
+            return dict(zip(keys, arrays["d"].T, strict=True))
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); put back a copy, or delete it: the images are then drawn again"
+        ) from error

@@ -107,8 +107,9 @@ class SampleStore:
         """Clear what earlier runs were writing when they ended; the name of this one, which sorts after theirs."""
         names = [path.name.removeprefix("run_").partition("_")[0] for path in self.parts.glob("*")]
         number = 1 + max((int(name) for name in names if name.isdecimal()), default=0)
-        for path in self.parts.glob("run_*"):
-            shutil.rmtree(path)
+        for path in [*self.parts.glob("run_*"), *self.parts.glob("ended_*")]:
+            ended = path.rename(path.with_name(f"ended_{uuid.uuid4().hex}"))  # out of reach of who still writes there
+            shutil.rmtree(ended)
         self._clear_temporary()
         run = f"{number:06d}_{uuid.uuid4().hex[:8]}"
         self.run_folder(run).mkdir(parents=True)
@@ -123,8 +124,14 @@ class SampleStore:
         return self.parts / f"run_{run}"
 
     def described(self) -> dict[str, Any]:
-        """dataset.json as it is."""
-        return json.loads(self.dataset.read_text(encoding="utf-8"))
+        """dataset.json as it is. UserError for a damaged one: nothing else tells what the images were drawn with."""
+        try:
+            told = json.loads(self.dataset.read_text(encoding="utf-8"))
+            return {**told, "settings": dict(told["settings"]), "sizes": dict(told["sizes"])}
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"sampling.save_dir: {self.dataset} is damaged ({error}); put back a copy, or give another folder"
+            ) from error
 
     def _first_change(self, known: Mapping[str, Any], value: Mapping[str, Any]) -> str:
         """What of `value` does not go with the settings in the folder; empty where all does."""
@@ -250,6 +257,13 @@ class SampleStore:
         if strange:
             log.warning("%s: %d files are no images of this data set: %s", self.folder, len(strange), min(strange))
         return lines
+
+    def read(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """Finished images, uint8 (H, W, 3) each; UserError for one that has been damaged since."""
+        try:
+            return self.layout.read(self.folder, samples)
+        except UserError as error:
+            raise UserError(f"{error}; sampling.verify=true finds what is damaged and draws it again") from error
 
     def finish(self, description: Mapping[str, Any]) -> None:
         """Keep the finished data set's description; drop what only drawing needs."""

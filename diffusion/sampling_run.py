@@ -155,13 +155,14 @@ def _draw_data_set(
         lines = store.merge(series_timesteps(generator, sampler) if has_stages else None)
         names = identities.names[:ROWS]
         columns = min(COLUMNS, cfg.n_samples_per_context)
-        rows = [np.stack(store.layout.read(store.folder, [(name, k) for k in range(columns)])) for name in names]
+        rows = [np.stack(store.read([(name, k) for k in range(columns)])) for name in names]
         write_preview(store.folder, rows, names, calibration)
         counts = describe(lines, rows[0].shape[1:], rule.threshold if has_stages else None)
         write_card(store.folder, {**store.described(), **counts})
         store.finish(counts)
 
     distributed.on_main(merge)
+    mean_switch_step = progress.mean_switch_step()  # before anybody can leave, and the counters with the main process
     slowest = max(distributed.all_gather_objects(seconds))
     summary = {
         "images": total,
@@ -169,7 +170,7 @@ def _draw_data_set(
         "drawn": todo,
         "seconds": slowest,
         "images_per_second": todo / slowest if todo else 0.0,
-        "mean_switch_step": progress.mean_switch_step(),
+        "mean_switch_step": mean_switch_step,
     }
     log.info("done: %d images drawn in %.1f s (%.2f a second)", todo, slowest, summary["images_per_second"])
     return summary

@@ -4,6 +4,7 @@ Legend: S steps of stage 1.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +104,7 @@ def check_sampler(generator: FaceGenerator, sampler: Sampler) -> None:
         name, value, wanted = setting.name, getattr(sampler, setting.name), setting.type
         if name == "threshold" and value == AUTO:
             continue
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if wanted == (int | None) and value is None:
             continue
         is_whole = wanted in (int, int | None)

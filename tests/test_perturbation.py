@@ -39,6 +39,13 @@ def test_lower_bounds_are_half_way_to_the_nearest():
     assert lower_bounds(np.ones((2, 1)), np.ones((2, 1)), 0.6).tolist() == [1, 1]  # the same person twice
 
 
+def test_lower_bounds_do_not_depend_on_how_many_are_drawn():
+    contexts = uniform_contexts(200, 128, 0)
+    bounds = lower_bounds(contexts, contexts, 0.1)
+    for n in (1, 2, 4, 5, 8, 50, 199):
+        assert (lower_bounds(contexts[:n], contexts, 0.1) == bounds[:n]).all()
+
+
 def test_perturbed_contexts_keep_length_angle_and_distance():
     contexts = uniform_contexts(30, WIDTH, 0)
     identities = Identities([f"{i}" for i in range(30)], torch.from_numpy(contexts), "", torch.from_numpy(contexts))

@@ -185,6 +185,17 @@ def test_batch_size_and_number_of_people_leave_an_image_alone(files, finished, t
     assert close(few, {name: pixels for name, pixels in images(finished).items() if name in few})
 
 
+@pytest.mark.parametrize("source", [[], ["sampling.contexts_file=null"]])
+def test_a_data_set_that_grows_is_one_that_was_drawn_at_once(files, tmp_path, source):
+    """The threshold, too, does not depend on how many are drawn: nothing is measured after a switch."""
+    words = ("sampling.n_samples_per_context=1", "sampling.calibration.n_contexts=5", *source)
+    for number in (1, 3):
+        run(files, tmp_path / "grown", *words, f"sampling.n_contexts={number}")
+    run(files, tmp_path / "at_once", *words, "sampling.n_contexts=3")
+    for name in ("calibration.json", "manifest.jsonl"):
+        assert (tmp_path / "grown" / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes()
+
+
 def test_another_seed_draws_other_images(files, finished, tmp_path):
     run(files, tmp_path / "out", "sampling.seed=1", "sampling.n_contexts=1")
     for name, pixels in images(tmp_path / "out").items():
@@ -366,6 +377,9 @@ def test_pixel_space_needs_no_decoder(files, tmp_path):
         ("sampling.calibration.target_t=300", "sampling.calibration.target_t: 300"),
         ("sampler=three_stage", "two_stage"),
         ("sampler.num_steps=0", "num_steps: 0"),
+        ("sampler.num_steps=inf", "sampler.num_steps: inf; give a whole number"),
+        ("sampling.sample_config.step_th=nan", "sampler.min_t: nan; give a whole number"),
+        ("sampling.sample_config.cfg_scale=nan", "sampler.guidance_scale: nan; give a number"),
         (
             "checkpoint.path={recogniser}",
             "this project, a diffusion UNet is wanted",

@@ -18,6 +18,8 @@ import pytest
 import yaml
 
 import sample
+from diffusion.layouts import make_layout
+from diffusion.sample_store import SampleStore
 from diffusion.sample_writer import SampleWriter
 from tests.conftest import ROOT
 from tests.processes import start_script
@@ -268,11 +270,61 @@ def test_image_formats(files, finished, tmp_path, format, quality):  # noqa: F81
         ("sampling.image_quality=90", r"image_quality: 90, but png is without loss"),
         ("sampling.image_format=jpg sampling.image_quality=0", r"image_quality: 0; give 1 to 100"),
         ("sampling.images_per_shard=0", r"images_per_shard: 0; give at least 1"),
+        ("sampling.contexts_file=null sampling.n_contexts=1 sampling.seed=-1", r"seed: -1; give 0 or more"),
     ],
 )
 def test_mistakes(files, tmp_path, mistake, message):  # noqa: F811
     with pytest.raises(UserError, match=rf"sampling\.{message}"):
         run(files, tmp_path / "out", *mistake.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dataset.json", r"sampling\.save_dir: .*dataset\.json is damaged .*; put back a copy, or give another folder"),
+        ("calibration.json", r"calibration\.json: damaged .*; delete it, and the threshold is measured again"),
+        ("attention_change.npz", r"attention_change\.npz: damaged .*; put back a copy, or delete it"),
+        ("00001/1.png", r"1\.png: not a readable image .*; sampling\.verify=true finds what is damaged"),
+    ],
+)
+def test_a_file_cut_short_is_one_line(files, tmp_path, name, message):  # noqa: F811
+    out, words = tmp_path / "out", ("sampling.n_contexts=2", "sampling.n_samples_per_context=2")
+    run(files, out, *words)
+    whole = (out / name).read_bytes()
+    (out / name).write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(UserError, match=message):
+        run(files, out, *words)
+    (out / name).write_bytes(whole)
+    assert run(files, out, *words)["drawn"] == 0
+
+
+def test_a_line_of_something_else_is_passed_over(files, finished, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    shutil.copytree(finished["folders"], out)
+    lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+    lines[4] = json.dumps({**json.loads(lines[4]), "identity": ["00001"]}) + "\n"
+    lines[6] = "[1, 2]\n"
+    (out / "manifest.jsonl").write_text("".join(lines))
+    assert run(files, out, *FAST, "sampling.licence=cc-by-4.0")["drawn"] == 2
+    assert same(out, finished["folders"])
+
+
+def test_a_run_begins_out_of_reach_of_those_before(tmp_path, monkeypatch):
+    """A process that outlived its run makes and deletes files there while they are cleared."""
+    layout = make_layout("folders", ["a"], 1, image_format="png", quality=None, images_per_shard=1)
+    store = SampleStore(tmp_path, layout)
+    first = store.run_folder(store.claim({}, {}, {"code_versions": []}))
+    (first / "half").write_text("an image that is being written")
+    remove, seen = shutil.rmtree, []
+
+    def see(path):
+        seen.append(first.exists())
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", see)
+    second = store.run_folder(store.claim({}, {}, {"code_versions": []}))
+    store.lock.release()
+    assert seen == [False] and [*store.parts.iterdir()] == [second]
 
 
 def test_one_run_a_folder(files, finished, tmp_path, monkeypatch):  # noqa: F811

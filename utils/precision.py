@@ -1,5 +1,7 @@
 """fp32, bf16 and fp16 as a setting: weights stay float32, the arithmetic of a block is autocast."""
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -31,11 +33,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def cast_products(network: nn.Module, dtype: torch.dtype) -> None:
+def cast_products(network: nn.Module, dtype: torch.dtype, keep: Collection[nn.Module] = ()) -> None:
     """Cast the weights of convolutions and linear layers for good; autocast would cast them again at every call.
 
-    Norms keep float32 weights, in which their sums are made.
+    Norms keep float32 weights, in which their sums are made; the layers in `keep` stay as they are.
     """
     for module in network.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
+        if module not in keep and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
             module.to(dtype)

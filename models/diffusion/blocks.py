@@ -92,6 +92,8 @@ class ResidualBlock(nn.Module):
         self.takes_context = context_channels is not None and condition_type != "CA"
         if self.takes_context:
             self.context_emb = nn.Sequential(nn.SiLU(), nn.Linear(context_channels, out_channels))
+        adds_context = self.takes_context and condition_type == "AdaGN"
+        self.time_alone_scales = condition_type != "AddPlusGN" and not adds_context
         if condition_type == "AddPlusGN":
             self.norm2 = nn.GroupNorm(GROUPS, out_channels)
         else:
@@ -111,9 +113,11 @@ class ResidualBlock(nn.Module):
         Scale and shift; where the context is added to the time embedding first, that sum's part.
         """
         time = self.time_emb(time_embedding)
-        if self.condition_type == "AddPlusGN" or (self.takes_context and self.condition_type == "AdaGN"):
-            return (time,)
-        return self.scale_emb(time), self.shift_emb(time)
+        return (self.scale_emb(time), self.shift_emb(time)) if self.time_alone_scales else (time,)
+
+    def time_layers(self) -> list[nn.Module]:
+        """What `time_terms` computes with, and `forward` does not."""
+        return [self.time_emb, *([self.scale_emb, self.shift_emb] if self.time_alone_scales else [])]
 
     def forward(self, x: Tensor, time_terms: tuple[Tensor, ...], context: Tensor | None) -> Tensor:
         """x (B, C, H, W), time_terms of `time_terms`, context (B, D) or None -> (B, out_channels, H, W)."""

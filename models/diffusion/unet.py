@@ -166,6 +166,12 @@ class ConditionalUNet(ContextEmbedder):
         blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
         return PreparedTime([block.time_terms(embedding) for block in blocks])
 
+    def time_layers(self) -> set[nn.Module]:
+        """The modules that only `prepare_time` computes with."""
+        blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
+        parts = [self.time_emb, *(layer for block in blocks for layer in block.time_layers())]
+        return {module for part in parts for module in part.modules()}
+
     def forward(
         self,
         x: Tensor,
