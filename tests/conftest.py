@@ -20,11 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the networks here are tiny: a second thread costs more than it brings
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more than there are cores: many tests wait for processes that they have started."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with most slow tests first, so that no process is left alone with them at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))

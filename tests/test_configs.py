@@ -130,7 +130,7 @@ def test_the_small_recogniser_takes_other_groups_as_they_are(compose):
 
 @pytest.mark.parametrize("name", group("scale"))
 def test_sizes_of_a_study_have_all_sections(compose, name):
-    cfg = compose("study_config", f"scale={name}", "checkpoint=model", "test.benchmarks_dir=null")
+    cfg = compose("study_config", f"scale={name}", "checkpoint=model", "++test.benchmarks_dir=null")
     assert {"sample", "align", "train", "test"} <= set(cfg) and cfg.sample.sampling.image_size == 112
 
 

@@ -136,6 +136,7 @@ CONFIGS = {
     "adaface": {"scale": 64.0, "margin": 0.4, "h": 0.333, "t_alpha": 0.01},
     "arcface": {"scale": 64.0, "margin": 0.5, "easy_margin": False},
     "arcface_easy": {"scale": 64.0, "margin": 0.5, "easy_margin": True},
+    "arcface_small": {"scale": 32.0, "margin": 0.3, "easy_margin": False},
     "cosface": {"scale": 64.0, "margin": 0.4},
     "curricularface": {"scale": 64.0, "margin": 0.5, "t_alpha": 0.01},
     "elasticface_arc": {"scale": 64.0, "margin": 0.5, "sigma": 0.05, "plus": False},
@@ -160,7 +161,7 @@ def test_configurations_hold_the_published_values(compose, name: str) -> None:
     assert head.weight.shape == (3, 4)
     assert {key: getattr(head, key) for key in CONFIGS[name]} == CONFIGS[name]
     published = instantiate({"_target_": config._target_}, "head", in_features=4, num_classes=3)
-    if name not in ("arcface_easy", "elasticface_arc_plus", "elasticface_cos_plus"):
+    if name not in ("arcface_easy", "arcface_small", "elasticface_arc_plus", "elasticface_cos_plus"):
         assert {key: getattr(published, key) for key in CONFIGS[name]} == CONFIGS[name]
 
 

@@ -84,7 +84,7 @@ def test_killed_again_and_again_the_bytes_are_the_same(files, tmp_path, layout):
 
     rng, output = np.random.default_rng(0), tmp_path / "killed.txt"
     arguments = overrides(files, killed, *words, "sampling.batch_size=3")
-    kills, most = 0, 4 if layout == "folders" else 2
+    kills, most = 0, 3 if layout == "folders" else 1
     while kills < most:
         before = lines_so_far(killed)
         processes = start_script("sample.py", arguments, 3, output)
@@ -99,7 +99,7 @@ def test_killed_again_and_again_the_bytes_are_the_same(files, tmp_path, layout):
         kills += 1
     for process in processes:
         process.join(LIMIT)
-    assert kills >= most // 2, output.read_text()
+    assert kills >= 1, output.read_text()
     assert kills == most or [process.exitcode for process in processes] == [0, 0, 0], output.read_text()
     processes = start_script("sample.py", arguments, 3, output)
     for process in processes:
