@@ -152,7 +152,7 @@ def test_turns_identities_with_the_keyboard(report, open_page):
 
     def turned(key: str, rank: int) -> None:
         page.keyboard.press(key)
-        page.wait_for_function(f"document.getElementById('identity-name').textContent === '{ranks[rank]}'")
+        page.locator("#identity-name", has_text=ranks[rank]).wait_for()
 
     for rank in (1, 2, 3):
         turned("ArrowRight", rank)
