@@ -13,6 +13,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from utils import curves
 from utils.config import CONFIG_DIR
 from utils.images import write_image
 
@@ -24,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with most slow tests first, so that no process is left alone with them at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch) -> None:
+    """Drawing them takes longer than the runs here; tests marked `curves` have theirs, and so have fixtures that run
+    once for a file."""
+    if request.node.get_closest_marker("curves") is None:
+        monkeypatch.setattr(curves, "plot_metrics", lambda *args: None)
 
 
 @pytest.fixture

@@ -124,6 +124,7 @@ def test_a_write_that_fails_is_an_oserror_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.curves
 def test_sigterm_saves_and_the_run_goes_on(compose, overrides, tmp_path, monkeypatch):  # noqa: F811
     run(compose("train_config", *overrides, f"output_dir={tmp_path / 'whole'}"))
     agreed = StopRequest.agreed

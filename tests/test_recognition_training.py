@@ -24,7 +24,7 @@ from recognition.training_settings import TrainingSettings
 from recognition.training_state import parameter_groups
 from tests.processes import together
 from tests.test_recognition import people  # noqa: F401 (a fixture)
-from utils import curves, distributed
+from utils import distributed
 from utils.checkpoint import CheckpointFolder, load_safetensors, load_torch
 from utils.config import UserError
 from utils.interruption import STATUS
@@ -54,12 +54,6 @@ class Small(NormFree):
         self.layers = nn.Sequential(
             convolution, nn.BatchNorm2d(8), activation, *last, nn.Dropout(0.2), nn.BatchNorm1d(16)
         )
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch) -> None:
-    """They take longer than these runs; the run of `finished` draws them."""
-    monkeypatch.setattr(curves, "plot_metrics", lambda *args: None)
 
 
 def run(
