@@ -12,6 +12,9 @@ DATA ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Where it is set, every start of a script would compile torch again: below, packages are compiled when they are first used.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test lint venv
 .DEFAULT_GOAL := help
 
@@ -26,7 +29,8 @@ venv:
 		$(PYTHON) -c 'import sys; v = sys.version_info; assert v >= (3, 10), f"Python 3.10 or newer is needed, this is {v[0]}.{v[1]}; say PYTHON=python3.12, or what you have"'; \
 		echo "Setting up $(VENV) (two minutes on a good connection) ..."; \
 		$(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV); \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.txt; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) -r requirements.txt; \
+		$(BIN)/python -c "import main, train_autoencoder, sample, align, encode, evaluate, recognition.train, recognition.test"; \
 		echo $$(($$(date +%s) - start)) > $(VENV)/install_seconds; \
 		cp requirements.txt $(VENV)/requirements.txt; \
 	fi

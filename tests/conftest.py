@@ -1,9 +1,6 @@
 """What several test files share: composed configurations, a tiny data set, and launching the project's scripts."""
 
-import os
 import subprocess
-import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -68,30 +65,17 @@ def face_folder(tmp_path):
 
 
 @pytest.fixture
-def run_script():
-    """run_script("main.py", *arguments, processes=1, check=True) -> CompletedProcess with text output."""
+def run_script(tmp_path_factory):
+    """run_script("main.py", *arguments, processes=1, check=True) -> CompletedProcess with text output.
+
+    As a shell or torchrun starts it, but forked from a server that has torch: half the time of a short run.
+    """
 
     def _run(script: str, *arguments: str, processes: int = 1, check: bool = True, timeout: float = 240):
-        if processes > 1:
-            done = _run_together(script, arguments, processes, timeout)
-        else:
-            target = [script] if script.endswith(".py") else ["-m", script]
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            command = [sys.executable, *target, *arguments]
-            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
-        if check and done.returncode != 0:
-            raise AssertionError(f"{script} exited {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        return done
+        from tests.processes import start_script
 
-    return _run
-
-
-def _run_together(script: str, arguments: tuple[str, ...], processes: int, timeout: float):
-    """As torchrun starts them, but forked from a server that has torch: that halves the time of a short run."""
-    from tests.processes import start_script
-
-    with tempfile.TemporaryDirectory() as folder:
-        output, errors = Path(folder) / "output.txt", Path(folder) / "errors.txt"
+        folder = tmp_path_factory.mktemp("said")
+        output, errors = folder / "output.txt", folder / "errors.txt"
         ranks = start_script(script, arguments, processes, output, errors)
         for rank in ranks:
             rank.join(timeout)
@@ -99,4 +83,9 @@ def _run_together(script: str, arguments: tuple[str, ...], processes: int, timeo
         for rank in ranks:
             rank.kill()
         code = next((code for code in codes if code != 0), 0)
-        return subprocess.CompletedProcess([script, *arguments], code, output.read_text(), errors.read_text())
+        done = subprocess.CompletedProcess([script, *arguments], code, output.read_text(), errors.read_text())
+        if check and code != 0:
+            raise AssertionError(f"{script} exited {code}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return done
+
+    return _run

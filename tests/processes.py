@@ -16,9 +16,9 @@ import torch.distributed as dist
 from tests.conftest import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["tests.processes", "main", "train_autoencoder", "sample", "encode", "recognition.train", "recognition.test"]
-)
+SCRIPTS = ["main", "train_autoencoder", "sample", "encode", "recognition.train", "recognition.test"]
+LATE = ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.backends.backend_agg"]  # what they import as they run
+CONTEXT.set_forkserver_preload(["tests.processes", *SCRIPTS, *LATE])
 
 
 def together(processes: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -82,4 +82,5 @@ def _run_script(
     if script.endswith(".py"):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     else:
+        sys.modules.pop(script, None)  # the server has it: runpy would warn
         runpy.run_module(script, run_name="__main__", alter_sys=True)

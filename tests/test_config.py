@@ -1,5 +1,6 @@
 """A user's mistakes on the command line: one line, status 2, before any work."""
 
+import subprocess
 import sys
 from dataclasses import dataclass, field
 
@@ -7,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import main as main_module
+from tests.conftest import ROOT
 from utils.config import UserError, check_writable, existing_file, existing_folder, instantiate, settings
 
 
@@ -147,8 +149,9 @@ def test_an_output_folder_that_cannot_be_made(launch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_as_a_shell_sees_it(run_script, tmp_path):
-    done = run_script("main.py", f"output_dir={tmp_path}", "training.stepz=3", check=False)
+def test_a_mistake_as_a_shell_sees_it(tmp_path):
+    command = [sys.executable, "main.py", f"output_dir={tmp_path}", "training.stepz=3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: training.stepz: unknown key; did you mean training.steps?\n"
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.processes import start_script
 from tests.test_training import overrides, run, weights  # noqa: F401 (a fixture)
+from utils.interruption import STATUS
 
 pytestmark = pytest.mark.slow
 
@@ -23,10 +25,10 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def start(folder: Path, arguments: list[str], processes: int = 2, restarts: int = 0) -> subprocess.Popen:
-    """main.py under torchrun, in a session of its own, its output in <folder>.txt."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [f"--max-restarts={restarts}", "main.py", *arguments, f"output_dir={folder}"]
+def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
+    """main.py under a torchrun that restarts it once, in a session of its own, its output in <folder>.txt."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    command += ["main.py", *arguments, f"output_dir={folder}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with folder.with_suffix(".txt").open("w") as output:
         return subprocess.Popen(
@@ -34,15 +36,15 @@ def start(folder: Path, arguments: list[str], processes: int = 2, restarts: int 
         )
 
 
-def wait_for(condition: Callable[[], bool], folder: Path, process: subprocess.Popen) -> None:
+def wait_for(condition: Callable[[], bool], is_running: Callable[[], bool], output: Path) -> None:
     """Until `condition` holds; fails, with the end of the output, where the run ends before or nothing happens."""
     for _ in range(6000):
         if condition():
             return
-        if process.poll() is not None:
+        if not is_running():
             break
         time.sleep(0.02)
-    raise AssertionError(folder.with_suffix(".txt").read_text()[-3000:])
+    raise AssertionError(output.read_text()[-3000:])
 
 
 def steps(folder: Path) -> int:
@@ -64,31 +66,40 @@ def same_run(folder: Path, other: Path) -> None:
         assert one == two if isinstance(one, int) else all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_run_that_is_stopped_and_killed_equals_one_that_is_not(overrides, tmp_path):  # noqa: F811
-    arguments = [*overrides, "training.steps=40", "training.steps_between_logging=1",
-                 "training.checkpoint.steps_between=8", "training.steps_between_sampling=null"]  # fmt: skip
+def test_a_run_that_is_stopped_and_killed_equals_one_that_is_not(overrides, run_script, tmp_path):  # noqa: F811
+    arguments = [*overrides, "training.steps=24", "training.steps_between_logging=1",
+                 "training.checkpoint.steps_between=6", "training.steps_between_sampling=null"]  # fmt: skip
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
-    assert start(whole, arguments).wait(timeout=600) == 0
+    run_script("main.py", *arguments, f"output_dir={whole}", processes=2)
 
-    # SIGTERM to torchrun, as Slurm sends it
-    process = start(folder, arguments)
-    wait_for(lambda: steps(folder) >= 3, folder, process)
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
-    saved = weights(folder)[0]
-    assert 3 <= saved < 40, "what was computed before the signal is saved"
-    assert "SIGTERM: saved step" in folder.with_suffix(".txt").read_text()
-
-    # The same command goes on; then SIGTERM to a worker, and SIGKILL
-    process, rng = start(folder, arguments, restarts=2), np.random.default_rng(0)
+    # SIGKILL to a worker, which torchrun answers with new ones; then SIGTERM to torchrun, as Slurm sends it
+    agent, rng = start(folder, arguments), np.random.default_rng(0)
     output = folder.with_suffix(".txt")
-    for number, sent in enumerate((signal.SIGTERM, signal.SIGKILL), start=1):
-        wait_for(lambda number=number: output.read_text().count("going on from step") == number, folder, process)
-        goal = weights(folder)[0] + int(rng.integers(2, 7))
-        wait_for(lambda goal=goal: steps(folder) >= goal, folder, process)
-        os.kill(int(rng.choice(workers(process))), sent)
-    assert process.wait(timeout=600) == 0, output.read_text()[-3000:]
-    assert output.read_text().count("going on from step") == 3
+
+    def wait(condition: Callable[[], bool]) -> None:
+        wait_for(condition, lambda: agent.poll() is None, output)
+
+    wait(lambda: steps(folder) > 6)
+    os.kill(int(rng.choice(workers(agent))), signal.SIGKILL)
+    wait(lambda: "going on from step" in output.read_text())
+    begun = weights(folder)[0]
+    assert begun >= 6
+    wait(lambda: steps(folder) >= begun + 2)
+    os.kill(agent.pid, signal.SIGTERM)
+    assert agent.wait(timeout=60) != 0
+    assert "SIGTERM: saved step" in output.read_text()
+    saved = weights(folder)[0]
+    assert begun + 2 <= saved < 24, "what was computed before the signal is saved"
+
+    # The same command goes on; then SIGTERM to one of the workers, and once more
+    output = tmp_path / "again.txt"
+    ranks = start_script("main.py", [*arguments, f"output_dir={folder}"], 2, output)
+    wait_for(lambda: steps(folder) >= saved + 2, lambda: all(rank.is_alive() for rank in ranks), output)
+    os.kill(ranks[int(rng.integers(2))].pid, signal.SIGTERM)
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [STATUS, STATUS]
+    run_script("main.py", *arguments, f"output_dir={folder}", processes=2)
     same_run(folder, whole)
 
 

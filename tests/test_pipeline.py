@@ -41,7 +41,7 @@ TINY = {
             "steps": 6,
             "batch_size": 4,
             "steps_between_logging": 2,
-            "steps_between_sampling": 100,
+            "steps_between_sampling": None,
             "lr_scheduler": {"warmup_steps": 1},
         },
     },

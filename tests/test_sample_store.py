@@ -128,24 +128,23 @@ def test_sigterm_ends_it_cleanly(files, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_what_is_killed_or_stopped(files, tmp_path):  # noqa: F811
+def test_torchrun_restarts_what_is_killed(files, tmp_path):  # noqa: F811
     words = (*FAST, "sampling.n_samples_per_context=15")
     run(files, tmp_path / "one" / "out", *words)
     out, output = tmp_path / "two" / "out", tmp_path / "output.txt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["--max-restarts=2", "sample.py", *overrides(files, out, *words)]
+    command += ["--max-restarts=1", "sample.py", *overrides(files, out, *words)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with output.open("w") as said:
         agent = subprocess.Popen(command, cwd=ROOT, env=env, stdout=said, stderr=subprocess.STDOUT)
-    for attempt, sent in enumerate((signal.SIGKILL, signal.SIGTERM), start=1):
-        deadline = time.monotonic() + LIMIT
-        while output.read_text().count("to draw, in") < attempt or lines_so_far(out) < 10 * attempt:
-            assert agent.poll() is None and time.monotonic() < deadline, output.read_text()[-3000:]
-            time.sleep(0.005)
-        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-        os.kill(int(children[-1]), sent)
+    deadline = time.monotonic() + LIMIT
+    while lines_so_far(out) < 10:
+        assert agent.poll() is None and time.monotonic() < deadline, output.read_text()[-3000:]
+        time.sleep(0.005)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
     assert agent.wait(LIMIT) == 0, output.read_text()[-3000:]
-    assert output.read_text().count("to draw, in") == 3
+    assert output.read_text().count("to draw, in") == 2
     assert same(out, tmp_path / "one" / "out")
 
 
