@@ -14,29 +14,15 @@ from diffusion.generator import CheckpointChoice
 from diffusion.sampling_run import draw_data_set
 from diffusion.sampling_settings import SamplingSettings
 from diffusion.sampling_setup import set_up
-from utils.config import check_keys, entry_point, existing_file, settings
+from utils.config import entry_point, existing_file, settings
 from utils.logging import get_logger
 
 log = get_logger(__name__)
-
-KEYS = (
-    "output_dir",
-    "VQEncoder_path",
-    "VQDecoder_path",
-    "latent_diffusion",
-    "latent_shape",
-    "model_cfg_path",
-    "diffusion_cfg_path",
-    "checkpoint",
-    "sampler",
-    "sampling",
-)
 
 
 @entry_point("sample_ddim_config")
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Rebuild the generator, read the contexts, draw; return counts and times."""
-    check_keys(cfg, KEYS, "")
     sampling = settings(cfg.sampling, SamplingSettings, "sampling")
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         sampling.save_dir = cfg.output_dir  # each job of a sweep has its own

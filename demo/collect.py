@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from demo.pipeline import ALIGNMENT, GENERATED, SET_NAMES, Pipeline, count_text, read_json, read_lines
+from demo.pipeline import ALIGNMENT, GENERATED, SET_NAMES, Pipeline, count_text, read_lines
 from demo.report import Curves, Figure, Panel, Report, StageRun, render
 from models.autoencoder.vqgan import load_decoder, load_encoder
-from utils.checkpoint import write_json, write_text
+from utils.checkpoint import read_json, write_json, write_text
 from utils.images import default_threads, grid, list_images, load_images, to_float, to_uint8, write_image
 
 ROWS, COLUMNS, STATIONS = 8, 6, 10  # of the face panels; images of each station of the pipeline

@@ -17,7 +17,8 @@ import torch
 from omegaconf import DictConfig
 
 from demo import people
-from utils.config import UserError, check_keys, plain, settings
+from utils.checkpoint import read_json
+from utils.config import UserError, plain, settings
 from utils.contexts import gaussian_contexts, read_contexts, write_rows
 from utils.images import default_threads, list_images
 from utils.stages import Commands, Stages, path_for_scripts
@@ -60,7 +61,6 @@ class Pipeline:
     """Settings, checked before anything runs, and the stages."""
 
     def __init__(self, cfg: DictConfig, output_dir: Path) -> None:
-        check_keys(cfg, ("output_dir", "data", "seed", "processes", "people", "pairs", "identities", *SCRIPTS), "")
         self.people = settings(cfg.people, PeopleSettings, "people")
         self.pairs = settings(cfg.pairs, PairSettings, "pairs")
         self.identities = settings(cfg.identities, IdentitySettings, "identities")
@@ -278,11 +278,6 @@ def count_text(folder: Path) -> str:
     """`280 people, 3,080 images`."""
     names = list_images(folder)
     return f"{len({name.rpartition('/')[0] for name in names}):,} people with {len(names):,} images"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

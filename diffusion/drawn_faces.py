@@ -26,7 +26,7 @@ from diffusion.samplers import Sampler
 from diffusion.sampling_run import image_seed
 from utils import distributed
 from utils.alignment import Detection, FaceAligner, alignment_error
-from utils.checkpoint import write_atomically, write_json
+from utils.checkpoint import read_json, write_atomically, write_json
 from utils.config import UserError
 from utils.context_sources import Candidates
 from utils.embedders import Embedder
@@ -192,7 +192,7 @@ class DrawnFaces:
         now = {"seed": self.seed, **self.settings, **self.inputs}
         now = json.loads(json.dumps(now))  # what a file keeps
         if file.is_file():
-            was = json.loads(file.read_text(encoding="utf-8"))
+            was = read_json(file, "give another output_dir")
             for key in sorted({*was, *now}):
                 before, after = was.get(key), now.get(key)
                 if before != after:

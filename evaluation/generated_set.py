@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from utils.alignment_job import REPORT
+from utils.checkpoint import read_json
 from utils.config import UserError, existing_file, existing_folder
 from utils.data.formats.recognise import open_labelled
 from utils.data.formats.selected import SelectedImages
@@ -91,7 +92,7 @@ def open_set(settings: DataSettings, key: str) -> GeneratedSet:
     if report is not None:
         found.alignment = list(_json_lines(report, ("file", "status")))
     if (path := _first(places, DATASET)) is not None:
-        found.provenance = _read_json(path)
+        found.provenance = read_json(path, "put back a copy, or take it away")
     if (path := _first(places, MANIFEST)) is not None:
         _join_manifest(found, path, key)
     if (path := _first(places, SERIES)) is not None:
@@ -173,13 +174,3 @@ def _json_lines(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]
             if missing:
                 raise UserError(f"{path} line {number}: has no {missing[0]}; {', '.join(columns)} are wanted")
             yield record
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON; the file is damaged") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}; the description that sample.py writes is wanted")
-    return value

@@ -5,7 +5,6 @@ Legend: m images, M identities.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,6 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from recognition.training_sets import read_training_set
+from utils.checkpoint import read_json
 from utils.config import UserError, existing_file
 from utils.contexts import identity_of, read_embeddings, read_names
 from utils.data.face_dataset import read_identity_list
@@ -121,7 +121,7 @@ def _check_network(path: Path, rows: np.ndarray, embedder: Embedder, flip: bool)
     made = (path if path.is_dir() else path.parent) / DESCRIPTION
     if not made.is_file():
         return [f"nothing tells which network made {path.name}; it has to be this evaluation's"]
-    found = json.loads(made.read_text(encoding="utf-8"))
+    found = read_json(made, "embed the set again")
     if found.get("embedder_sha256") != embedder.sha256:
         raise UserError(
             f"real.embeddings_file: {path} was made with {found.get('checkpoint')}, another network than the embedder; "

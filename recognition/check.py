@@ -14,12 +14,11 @@ from omegaconf import DictConfig
 from recognition.dataset_check import CheckSettings, Outcome, check_training_set
 from recognition.datasets import DatasetSettings, open_training_set
 from utils import distributed
-from utils.config import UserError, check_keys, entry_point, instantiate, settings
+from utils.config import UserError, entry_point, instantiate, settings
 
 
 @entry_point("recognition_check_config")
 def main(cfg: DictConfig) -> list[Outcome]:
-    check_keys(cfg, ("output_dir", "dataset", "embedder", "check", "input_size", "device"), "")
     data = settings(cfg.dataset, DatasetSettings, "dataset")
     options = settings(cfg.check, CheckSettings, "check")
     if not isinstance(cfg.input_size, int) or cfg.input_size < 1:

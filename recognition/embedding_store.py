@@ -6,7 +6,6 @@ Legend: m images, D width.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoint import write_atomically, write_json
+from utils.checkpoint import read_json, write_atomically, write_json
 from utils.data.formats.labelled import EncodedImages
 
 Reader = Callable[[], np.ndarray]
@@ -44,9 +43,7 @@ class EmbeddingStore:
         embed: functions that give one image uint8 (H, W, 3) each, in order => their rows float32 (count, D).
         """
         claim = self.folder / DESCRIPTION
-        if distributed.is_main() and not (
-            claim.is_file() and json.loads(claim.read_text(encoding="utf-8")) == self.description
-        ):
+        if distributed.is_main() and not (claim.is_file() and read_json(claim) == self.description):
             shutil.rmtree(self.folder, ignore_errors=True)
             write_json(claim, self.description)
         distributed.barrier()

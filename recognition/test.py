@@ -30,7 +30,7 @@ from recognition.measurement import Computing, Model, Sets, measure
 from recognition.published import ROWS
 from recognition.tables import RFW_SET, all_tables, latex, markdown, shows_published
 from utils import distributed
-from utils.checkpoint import write_json, write_text
+from utils.checkpoint import read_json, write_json, write_text
 from utils.config import UserError, entry_point, existing_file, existing_folder, instantiate, settings
 from utils.data.formats.benchmarks import open_rfw
 from utils.data.formats.ijb import read_ijb
@@ -147,7 +147,7 @@ def check_output(output_dir: str, inputs: dict[str, Any]) -> None:
     file = Path(output_dir) / RESULTS
     if not file.is_file():
         return
-    known = _read_json(file).get("inputs")
+    known = read_json(file, "remove it, or give another output_dir").get("inputs")
     if known is None:
         raise UserError(f"output_dir: {file} was written by an older version; give another output_dir")
     for key, now in inputs.items():
@@ -169,21 +169,11 @@ def joined(reports: list[dict[str, Any]], inputs: dict[str, Any]) -> dict[str, A
 def read_results(folder: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Reports and curves of an earlier test, from its output folder. UserError where it holds none."""
     path = existing_folder(folder, "compare", "the output_dir of an earlier test")
-    results, curves = (_read_json(existing_file(path / name, "compare")) for name in (RESULTS, CURVES))
+    results, curves = (read_json(existing_file(path / name, "compare")) for name in (RESULTS, CURVES))
     reports = results.get("models", [results])
     if not all(isinstance(report, dict) and {"name", "sets"} <= report.keys() for report in reports):
         raise UserError(f"compare: {path / RESULTS} was not written by this version of recognition.test; test it again")
     return reports, curves
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not a file of results ({error}); remove it or give another folder") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a file of results; remove it or give another folder")
-    return found
 
 
 def open_all(options: TestSettings) -> Sets:

@@ -23,18 +23,16 @@ from recognition.training_loop import train
 from recognition.training_settings import TrainingSettings
 from recognition.validation import ValidationSettings, benchmark_validation
 from recognition.watch import watch_over
-from utils.config import UserError, check_keys, entry_point, instantiate, plain, settings
+from utils.config import UserError, entry_point, instantiate, plain, settings
 from utils.distributed import seed_for
 from utils.logging import check_wandb
 
-KEYS = ("output_dir", "dataset", "augment", "backbone", "head", "training", "check", "embedder", "validation")
 # Parts of the section `training` that are config groups, built by their `_target_`.
 GROUPS = ("optimizer", "lr_schedule")
 
 
 @entry_point("recognition_train_config")
 def main(cfg: DictConfig) -> dict[str, Any]:
-    check_keys(cfg, KEYS, "")
     loop = settings(
         OmegaConf.masked_copy(cfg.training, [k for k in cfg.training if k not in GROUPS]), TrainingSettings, "training"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from recognition.datasets import IdentityDataset
 from recognition.lr_schedules import LRSchedule
 from recognition.training_state import Progress
 from utils import distributed
-from utils.checkpoint import write_json
+from utils.checkpoint import read_json, write_json
 from utils.guards import write_or_warn
 from utils.logging import ScalarLogger, get_logger
 
@@ -76,7 +75,7 @@ def finished_metrics(progress: Progress, output_dir: Path) -> dict[str, Any] | N
     def read() -> dict[str, Any] | None:
         if not all((output_dir / name).is_file() for name in (BACKBONE_FILE, METRICS_FILE)):
             return None
-        metrics = json.loads((output_dir / METRICS_FILE).read_text())
+        metrics = read_json(output_dir / METRICS_FILE)
         return metrics if metrics["steps"] == progress.step else None
 
     return distributed.on_main(read)

@@ -14,11 +14,13 @@ from utils.checkpoint import (
     load_safetensors,
     load_state_dict_file,
     load_torch,
+    read_json,
     read_metadata,
     save_safetensors,
     save_torch,
     strict_load,
     write_atomically,
+    write_json,
 )
 from utils.config import UserError
 
@@ -75,6 +77,19 @@ def test_bad_files_give_one_line(tmp_path):
     save_torch({"a": 3}, tmp_path / "no_tensors.pt")
     with pytest.raises(UserError, match="no state dict"):
         load_state_dict_file(tmp_path / "no_tensors.pt")
+
+
+def test_a_damaged_json_file_is_one_line(tmp_path):
+    path = write_json(tmp_path / "record.json", {"a": [1]})
+    assert read_json(path) == {"a": [1]}
+    for content, message in (
+        (b'{"a": [1', "damaged, not JSON"),
+        (b"\xff{}", "damaged, not JSON"),
+        (b"[1]", "holds a list"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"record\.json: {message}.*; make it anew$"):
+            read_json(path, "make it anew")
 
 
 def test_strict_load_names_the_keys():

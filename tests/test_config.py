@@ -142,6 +142,13 @@ def test_command_line_mistakes(launch, tmp_path, arguments, message):
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
 
 
+def test_an_experiment_may_bring_no_section_of_its_own(launch, tmp_path):
+    (tmp_path / "configs/experiment").mkdir(parents=True)
+    (tmp_path / "configs/experiment/mine.yaml").write_text("# @package _global_\ntrainig: {steps: 3}\n")
+    (line,) = launch("--config-dir", str(tmp_path / "configs"), "experiment=mine", f"output_dir={tmp_path / 'run'}")
+    assert line == "error: trainig: unknown key; did you mean training?"
+
+
 def test_an_output_folder_that_cannot_be_made(launch, tmp_path):
     (tmp_path / "file").write_text("")
     (line,) = launch(f"output_dir={tmp_path / 'file' / 'run'}")

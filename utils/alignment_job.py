@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.alignment import CROP_SIZE, Detection, FaceAligner
-from utils.checkpoint import write_json, write_text
+from utils.checkpoint import read_json, write_json, write_text
 from utils.config import UserError, existing_folder
 from utils.data.face_files import FaceFiles
 from utils.images import (
@@ -318,7 +318,7 @@ def _prepare(settings: AlignSettings) -> set[str]:
     output_dir.mkdir(parents=True, exist_ok=True)
     settings_file, wanted = output_dir / SETTINGS, settings.results()
     if settings_file.exists():
-        found = json.loads(settings_file.read_text(encoding="utf-8"))
+        found = read_json(settings_file)
         for key, value in wanted.items():
             if found.get(key) != value:
                 raise UserError(

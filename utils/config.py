@@ -74,8 +74,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         def run(cfg: DictConfig) -> Any:
             if "output_dir" in cfg and HydraConfig.initialized():
                 cfg.output_dir = HydraConfig.get().runtime.output_dir
-            if HydraConfig.initialized() and any(o.startswith("+") for o in HydraConfig.get().overrides.task):
-                check_keys(cfg, [key for key in _known_keys(config_name) if "." not in key], "")
+            if HydraConfig.initialized():  # an experiment's file may bring sections that nothing reads
+                check_keys(cfg, _sections(config_name), "")
             distributed.init()
             setup_logging(cfg.get("output_dir"))
             started.append(True)
@@ -188,14 +188,20 @@ def compose(config_name: str, overrides: Sequence[str], key: str) -> DictConfig:
         raise UserError(f"{key}: {_describe_composition_error(error, config_name)}") from error
 
 
-def _compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+def _compose(config_name: str, overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictConfig:
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return hydra.compose(config_name, list(overrides))
+            return hydra.compose(config_name, list(overrides), return_hydra_config=with_hydra)
     finally:
         GlobalHydra.instance().hydra = running
+
+
+def _sections(config_name: str) -> list[str]:
+    """The keys at the top of the configuration without any override, and the groups of which it chooses none."""
+    cfg = _compose(config_name, with_hydra=True)
+    return [*(key for key in cfg if key != "hydra"), *(g for g, c in cfg.hydra.runtime.choices.items() if c is None)]
 
 
 def _known_keys(config_name: str) -> list[str]:

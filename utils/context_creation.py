@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from utils import distributed
-from utils.checkpoint import write_json, write_text
+from utils.checkpoint import read_json, write_json, write_text
 from utils.config import UserError
 from utils.context_limits import LIMITS, ContextSettings, Limits, check_limits, read_limits
 from utils.context_selection import ContextSelector
@@ -87,7 +87,7 @@ def _finished(settings: ContextSettings, source: ContextSource, inputs: dict[str
         if (folder / "contexts.npy").exists() and not (folder / ORIGINS).exists():
             raise UserError(f"output_dir: {folder} holds contexts that were not made here; give a new folder")
         return None
-    known = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    known = read_json(folder / RECORD, "give another output_dir")
     description = _description(settings, source, inputs)
     for part in ("settings", "inputs"):
         for key in sorted({*description[part], *known[part]}):

@@ -6,7 +6,6 @@ right cosine belongs to one embedder.
 Legend: m identities, D width.
 """
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.checkpoint import read_json
 from utils.config import UserError
 from utils.context_selection import NEAR_ANOTHER, NEAR_KNOWN
 from utils.context_sources import ContextSource
@@ -114,7 +114,7 @@ def read_limits(settings: ContextSettings, source: ContextSource) -> Limits:
         if rows.shape[1] != source.width:
             raise UserError(f"{key}: {path} is {rows.shape[1]} wide, the source's contexts {source.width}")
         record = Path(path).expanduser().with_name("encoder.json")  # of encode.py
-        made_by = json.loads(record.read_text(encoding="utf-8")).get("embedder_sha256") if record.is_file() else None
+        made_by = read_json(record).get("embedder_sha256") if record.is_file() else None
         if made_by is not None and source.inputs.get("source.recogniser", made_by) != made_by:
             raise UserError(
                 f"{key}: {path} was embedded by another recogniser than source.recogniser ({record} says which); "

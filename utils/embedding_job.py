@@ -6,7 +6,6 @@ Legend: n images, D width.
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoint import write_atomically, write_json
+from utils.checkpoint import read_json, write_atomically, write_json
 from utils.config import UserError, existing_file, existing_folder
 from utils.contexts import read_names
 from utils.data.face_dataset import read_identity_list
@@ -185,7 +184,7 @@ def run(options: EncodeSettings, embedder: Embedder) -> None:
     description_file, parts = output_dir / DESCRIPTION, output_dir / PARTS
     description = describe(options, embedder, work)
     if description_file.exists():
-        found = json.loads(description_file.read_text(encoding="utf-8"))
+        found = read_json(description_file)
         if found == description:
             logger.info("%s: embedded before", output_dir)
             return
@@ -282,6 +281,6 @@ def _check_same_settings(found: dict[str, Any], description: dict[str, Any], out
 def _claim(parts: Path, description: dict[str, Any]) -> None:
     """Keep the parts of a killed run with the same description; throw others away."""
     claim = parts / DESCRIPTION
-    if not (claim.exists() and json.loads(claim.read_text(encoding="utf-8")) == description):
+    if not (claim.exists() and read_json(claim) == description):
         shutil.rmtree(parts, ignore_errors=True)
         write_json(claim, description)

@@ -23,7 +23,7 @@ from evaluation.report import write_report
 from evaluation.results import SetResult
 from recognition.test import read_results
 from recognition.training_outputs import BACKBONE_FILE
-from utils.checkpoint import write_json
+from utils.checkpoint import read_json, write_json
 from utils.config import UserError, differences
 from utils.folder_lock import FolderLock
 from utils.images import default_threads
@@ -71,7 +71,7 @@ class Study:
         if not file.is_file():
             return
         wanted = json.loads(json.dumps(self.plan.settings_of(variant)))  # what a file keeps: lists for tuples
-        if changed := sorted(differences(json.loads(file.read_text(encoding="utf-8")), wanted)):
+        if changed := sorted(differences(read_json(file), wanted)):
             raise UserError(
                 f"output_dir: {file.parent} was made with other settings ({', '.join(changed)}); give another "
                 "output_dir, or delete that folder to do it anew"
@@ -83,7 +83,7 @@ class Study:
         for variant in self.plan.variants:
             file = self.output_dir / variant.name / RESULT
             if file.is_file():
-                result = VariantResult(**json.loads(file.read_text(encoding="utf-8")))
+                result = VariantResult(**read_json(file))
                 if list(result.accuracy) == [str(seed) for seed in self.plan.options.seeds]:
                     found.append(result)
         return found
@@ -133,7 +133,7 @@ class VariantRun:
     def _sample(self, stages: Stages) -> None:
         def work(run: Commands) -> str:
             run.script("sample.py", self.variant.sample, {"sampling.save_dir": self.path("samples")}, **self._shared)
-            dataset = json.loads((self.folder / "samples/dataset.json").read_text(encoding="utf-8"))
+            dataset = read_json(self.folder / "samples/dataset.json")
             return f"{dataset['images']} images of {dataset['identities']} people"
 
         title = f"{self.variant.title}: draw faces"
@@ -143,7 +143,7 @@ class VariantRun:
         def work(run: Commands) -> str:
             folders = {"input_dir": self.path("samples"), "output_dir": self.path("faces")}
             run.script("align.py", self.plan.align, folders)
-            summary = json.loads((self.folder / "faces/alignment_summary.json").read_text(encoding="utf-8"))
+            summary = read_json(self.folder / "faces/alignment_summary.json")
             return f"a face found in {100 * summary['rate']:.1f} %"
 
         title = f"{self.variant.title}: align them"
@@ -162,7 +162,7 @@ class VariantRun:
 
     def _figures(self) -> dict[str, float | int | None]:
         """By the keys of evaluation.definitions."""
-        found = json.loads((self.folder / "evaluation/metrics.json").read_text(encoding="utf-8"))
+        found = read_json(self.folder / "evaluation/metrics.json")
         return found["sets"][self.variant.name]["metrics"]
 
     def _train(self, seed: int) -> None:
@@ -171,7 +171,7 @@ class VariantRun:
         def work(run: Commands) -> str:
             own = {"dataset.root": self.path(self.faces), "output_dir": self.path(f"recognisers/{name}")}
             run.script("-m recognition.train", self.plan.train, own, {"training.seed": seed}, **self._shared)
-            metrics = json.loads((self.folder / "recognisers" / name / "metrics.json").read_text(encoding="utf-8"))
+            metrics = read_json(self.folder / "recognisers" / name / "metrics.json")
             return f"{metrics['steps']} steps, training accuracy {100 * metrics['training_accuracy']:.1f} %"
 
         # A line of its own: another list of seeds leaves the others' recognisers as they are

@@ -9,7 +9,6 @@ Legend: B batch, C channels, H W height and width, K codes, n rows of latents.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -35,7 +34,7 @@ from models.autoencoder.training_settings import (
 )
 from models.autoencoder.vqgan import DECODER_FILE, ENCODER_FILE, VQModel, save_autoencoder
 from utils import distributed
-from utils.checkpoint import CheckpointFolder, strict_load, write_json
+from utils.checkpoint import CheckpointFolder, read_json, strict_load, write_json
 from utils.config import UserError, differences, existing_file
 from utils.curves import Curves
 from utils.data.step_sampler import StepSampler
@@ -117,7 +116,7 @@ def train(
         if changed:
             log.warning("finished before, with other settings, and left as it is: %s", ", ".join(changed))
         log.info("this run is finished (%d steps): %s and %s in %s", first_step, ENCODER_FILE, DECODER_FILE, output_dir)
-        return json.loads((output_dir / METRICS_FILE).read_text())
+        return read_json(output_dir / METRICS_FILE)
     if state is not None:
         log.info("going on from step %d", first_step)
 

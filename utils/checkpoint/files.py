@@ -55,6 +55,17 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: str | Path, advice: str = "delete the file") -> dict[str, Any]:
+    """The object in a JSON file of the project's own. UserError, with `advice`, where the file holds none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not JSON ({error}); {advice}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__} in place of an object; {advice}")
+    return value
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal; read a piece at a time. Raises OSError where it cannot be read."""
     digest = hashlib.sha256()

@@ -8,7 +8,6 @@ Legend: n images, C channels, h w height and width of a latent.
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoint import file_sha256, write_atomically, write_json
+from utils.checkpoint import file_sha256, read_json, write_atomically, write_json
 from utils.data.face_dataset import FaceDataset
 from utils.logging import get_logger
 
@@ -84,7 +83,7 @@ def cached_latents(
 def _claim(folder: Path, key: dict[str, Any], shards: Sequence[Path]) -> list[int]:
     """Numbers of the shards that are missing or damaged, after throwing a cache of another key away."""
     key_file = folder / KEY_FILE
-    if not (key_file.is_file() and json.loads(key_file.read_text(encoding="utf-8")) == key):
+    if not (key_file.is_file() and read_json(key_file) == key):
         if folder.is_dir():
             log.warning("%s: made from other images or with another autoencoder; it is made anew", folder)
             shutil.rmtree(folder)
@@ -94,7 +93,7 @@ def _claim(folder: Path, key: dict[str, Any], shards: Sequence[Path]) -> list[in
         record = path.with_suffix(".json")
         if not (path.is_file() and record.is_file()):
             todo.append(number)
-        elif json.loads(record.read_text(encoding="utf-8"))["sha256"] != file_sha256(path):
+        elif read_json(record)["sha256"] != file_sha256(path):
             log.warning("%s: not the bytes that were written; it is made anew", path)
             todo.append(number)
     return todo

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from evaluation.results import FACTS, TABLES, SetResult
 from utils import distributed
-from utils.config import UserError, check_keys, entry_point, existing_file, existing_folder
+from utils.config import UserError, entry_point, existing_file, existing_folder
 from utils.images import write_encoded
 from utils.logging import get_logger
 from utils.plotting.catalogue import METHOD_FIGURES, NAMES, SET_FIGURES, draw_method, draw_sets, method_names, set_work
@@ -25,26 +25,11 @@ from utils.plotting.settings import load_method, read_evaluation_settings
 log = get_logger(__name__)
 
 ALL = "all"
-KEYS = (
-    "output_dir",
-    "figure",
-    "VQDecoder_path",
-    "latent_diffusion",
-    "latent_shape",
-    "model_cfg_path",
-    "diffusion_cfg_path",
-    "checkpoint",
-    "sampler",
-    "sampling",
-    "figures",
-    "evaluation",
-)
 
 
 @entry_point("plotting_config")
 def main(cfg: DictConfig) -> list[Path]:
     """Draw what is asked for; returns the files. With several processes the first draws."""
-    check_keys(cfg, KEYS, "")
     return distributed.on_main(lambda: draw(cfg))
 
 

@@ -10,7 +10,6 @@ names and identities in every format. `train.rec` keeps images sorted by label.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tarfile
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoint import write_atomically, write_json, write_text
+from utils.checkpoint import read_json, write_atomically, write_json, write_text
 from utils.config import UserError
 from utils.data.formats import recordio, tfrecord
 from utils.data.formats.labelled import LabelledImages
@@ -96,7 +95,7 @@ def _claim(data: LabelledImages, out: Path, record: dict, names: list[str]) -> d
     if out.exists() and not out.is_dir():
         raise UserError(f"OUT: {out} is a file; name a new folder")
     if (out / RECORD).is_file():
-        if {**json.loads((out / RECORD).read_text(encoding="utf-8")), "complete": False} != record:
+        if {**read_json(out / RECORD, "name another folder"), "complete": False} != record:
             raise UserError(
                 f"OUT: {out} holds a conversion of other images or with other settings; name another folder"
             )
@@ -111,7 +110,7 @@ def _claim(data: LabelledImages, out: Path, record: dict, names: list[str]) -> d
 def is_unfinished(folder: Path) -> bool:
     """Whether a conversion into `folder` was begun and has not come to its end."""
     record = folder / RECORD
-    return record.is_file() and not json.loads(record.read_text(encoding="utf-8"))["complete"]
+    return record.is_file() and not read_json(record, "name another folder")["complete"]
 
 
 def _write_folders(data: LabelledImages, out: Path, names: list[str], _: int, bar: tqdm) -> None:
