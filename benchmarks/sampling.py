@@ -7,7 +7,8 @@ compiled, in bf16, and with 20 steps of DPM-Solver++(2M); it goes on with the ne
 
 Weights are random, so that no layout ever settles by itself; each sample gets a threshold of its own, chosen from a
 pass without switches, with which the switches are spread evenly over stage 1. Each variant runs in a process of its
-own, so that peak memory is its own: above the weights, which a compiled network may pack a second time (counted).
+own, so that peak memory is its own: above the weights as they are loaded. What a compiled network packs a second time,
+or what the transformed filters of models.winograd take more, is counted.
 
     python -m benchmarks.sampling                             # the published network, 216 M weights, batch 8
     python -m benchmarks.sampling --size demo                 # make demo's network
@@ -40,6 +41,7 @@ from diffusion.schedule import NoiseSchedule
 from models.diffusion.attention import Attention, CrossAttentionBlock
 from models.diffusion.blocks import Downsample, Upsample
 from models.diffusion.unet import ConditionalUNet
+from models.winograd import use_winograd
 
 NUM_STEPS, MIN_T, SCALE = 50, 500, 1.0
 SIZES: dict[str, dict[str, Any]] = {
@@ -59,10 +61,11 @@ SIZES: dict[str, dict[str, Any]] = {
 FAST = {"solver": "dpm_solver_2m", "num_steps": 20}
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
-    "fp32": {"precision": "fp32"},
-    "fp32-compiled": {"precision": "fp32", "compile": True},
-    "fp32-20-steps": {"precision": "fp32", **FAST},
-    "fp32-20-steps-compiled": {"precision": "fp32", "compile": True, **FAST},
+    "fp32": {"precision": "fp32", "winograd": True},
+    "fp32-20-steps": {"precision": "fp32", "winograd": True, **FAST},
+    "fp32-direct": {"precision": "fp32"},
+    "fp32-direct-small": {"precision": "fp32", "compute_batch": 4},
+    "fp32-direct-compiled": {"precision": "fp32", "compile": True},
     "bf16": {"precision": "bf16"},
     "bf16-compiled": {"precision": "bf16", "compile": True},
     "bf16-20-steps-compiled": {"precision": "bf16", "compile": True, **FAST},
@@ -281,6 +284,7 @@ def run_ours(
     """All images, one after the other through the engine."""
     variant = dict(variant)
     precision, compiled = variant.pop("precision"), variant.pop("compile", False)
+    winograd, compute_batch = variant.pop("winograd", False), variant.pop("compute_batch", size["batch"])
     num_steps = variant.get("num_steps", NUM_STEPS)
     rule, solver = TwoStage(**{"num_steps": NUM_STEPS, "min_t": MIN_T, "guidance_scale": SCALE, **variant}).parts(
         NoiseSchedule()
@@ -288,10 +292,14 @@ def run_ours(
     x_T, context = inputs(size, len(thresholds))
     own = [rescaled_threshold(threshold, NUM_STEPS, num_steps) for threshold in thresholds.tolist()]  # 1 / stride
     starts = [Start(i, x_T[i], context[i], threshold=own[i]) for i in range(len(x_T))]
-    engine = Engine(unet, rule, solver, compute_batch=size["batch"], precision=precision, compile=compiled)
     gc.collect()
     memory = PeakMemory()
     weights = memory.now()
+    if winograd:
+        use_winograd(unet)
+    engine = Engine(unet, rule, solver, compute_batch=compute_batch, precision=precision, compile=compiled)
+    gc.collect()
+    memory.reset()  # what making them took is over
 
     def feed() -> Iterator[Start]:
         for start in starts:

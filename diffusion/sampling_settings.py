@@ -39,6 +39,7 @@ class SamplingSettings:
     batch_size: int = 64  # images that a process has under way, at most
     compute_batch: int = COMPUTE_BATCH  # rows of every network pass
     compile: bool = False  # the network, with torch.compile
+    winograd: bool | None = None  # convolutions with fewer multiplications; null: on a CPU in fp32
     seed: int = 0
     save_mode: str = "folders"  # folders: <identity>/<k>.png; blocks: <identity>.png; shards: WebDataset
     image_format: str = "png"  # png, jpg, webp
@@ -57,7 +58,7 @@ class SamplingSettings:
 
 def drawing_settings(cfg: SamplingSettings) -> DrawingSettings:
     """How the images of a data set are computed."""
-    return DrawingSettings(cfg.compute_batch, None, cfg.batch_size, cfg.precision, cfg.compile)
+    return DrawingSettings(cfg.compute_batch, None, cfg.batch_size, cfg.precision, cfg.compile, cfg.winograd)
 
 
 def series_timesteps(generator: FaceGenerator, sampler: TwoStage) -> list[int]:
@@ -77,6 +78,8 @@ def check_settings(generator: FaceGenerator, sampler: Sampler, cfg: SamplingSett
         if value is not None and value < 1:
             raise UserError(f"sampling.{key}: {value}; give at least 1")
     check_precision(cfg.precision, "sampling.precision")
+    if cfg.winograd and cfg.precision != "fp32":
+        raise UserError(f"sampling.winograd: true, but sampling.precision is {cfg.precision}; its sums need fp32")
     check_perturbation(cfg.perturbation, generator.unet)
     check_compute_batch(cfg.compute_batch)
     check_layout(cfg.save_mode, cfg.image_format, cfg.image_quality, cfg.images_per_shard)
@@ -143,6 +146,7 @@ def fixed_settings(
         "sampling.precision": cfg.precision,
         "sampling.compute_batch": cfg.compute_batch,
         "sampling.compile": cfg.compile,
+        "sampling.winograd": cfg.winograd,
         "sampling.perturbation.lower_bound": cfg.perturbation.lower_bound,
         "sampling.negative.choice": cfg.negative.choice,
     }

@@ -1,5 +1,6 @@
 """The engine: the same samples as all together, to the last bit whatever runs beside them, at the cost it promises."""
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffusion.schedule import NoiseSchedule
 from diffusion.solvers import ddim, dpm_solver_2m
 from models.autoencoder.vqgan import VQDecoder
 from models.diffusion.attention import AttentionControl
+from models.winograd import WinogradConv2d, use_winograd
 from tests import test_samplers
 from tests.compat import fill_deterministic, relative_error
 from tests.test_sample import DDCONFIG
@@ -131,7 +133,9 @@ def test_compiled_in_one_graph(monkeypatch, small, starts):
 
     monkeypatch.setattr(torch, "compile", traced)
     plain = draw(make(small, compute_batch=6), starts)
-    engine = make(small, compute_batch=6, compile=True)
+    unet = copy.deepcopy(small[0])
+    use_winograd(unet)
+    engine = make((unet, *small[1:]), compute_batch=6, compile=True)
     compiled = draw(engine, starts)
     assert engine.counts.compile_seconds > 0
     assert all(relative_error(a.x_t, b.x_t) < 1e-4 for a, b in zip(compiled, plain, strict=True))
@@ -323,7 +327,8 @@ def test_threshold_of_another_number_of_steps(small):
 @pytest.fixture(scope="module")
 def generator(small) -> FaceGenerator:
     decoder = fill_deterministic(VQDecoder(DDCONFIG, n_embed=32))
-    return FaceGenerator(small[0], small[3], FirstStage(decoder=decoder), (3, 8, 8), 2.0, 0, False, "")
+    unet = copy.deepcopy(small[0])  # a drawer changes it
+    return FaceGenerator(unet, small[3], FirstStage(decoder=decoder), (3, 8, 8), 2.0, 0, False, "")
 
 
 @pytest.mark.parametrize(("image_size", "threads"), [(None, 1), (12, 2)])
@@ -350,6 +355,19 @@ def test_images_are_byte_identical_in_any_order(generator, image_size, threads):
     finally:
         torch.set_num_threads(before)
     assert all((reference[a] != reference[b]).any() for a in range(9) for b in range(a))
+
+
+@pytest.mark.parametrize(
+    ("settings", "used"),
+    [({}, True), ({"winograd": True}, True), ({"winograd": False}, False), ({"precision": "bf16"}, False)],
+)
+def test_winograd_is_for_fp32_on_a_cpu(generator, settings, used):
+    own = copy.deepcopy(generator)
+    drawer = FaceDrawer(own, TwoStageSampler(num_steps=2, min_t=50), DrawingSettings(compute_batch=4, **settings))
+    for network in (own.unet, own.first_stage.decoder):
+        assert any(isinstance(layer, WinogradConv2d) for layer in network.modules()) == used
+    (drawn,) = drawer.draw([Job(0, 0, torch.ones(8))])
+    assert drawn.image.shape == (16, 16, 3)
 
 
 def test_values_that_are_not_finite_are_told(generator):

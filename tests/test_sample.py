@@ -403,6 +403,11 @@ def test_a_mistake_is_one_line_and_status_2(files, tmp_path, monkeypatch, capsys
     assert not list(tmp_path.rglob("*.png"))
 
 
+def test_winograd_wants_fp32(files, tmp_path):
+    with pytest.raises(UserError, match=r"sampling\.winograd: true, but sampling\.precision is bf16"):
+        run(files, tmp_path / "out", "sampling.winograd=true", "sampling.precision=bf16")
+
+
 def test_a_key_that_the_sampler_does_not_read(files, tmp_path):
     with pytest.raises(UserError, match=r"sampling\.sample_config\.MSE_th: the chosen sampler .*OneStage"):
         run(files, tmp_path / "out", "sampler=ddim", "+sampling.sample_config.MSE_th=0.1")

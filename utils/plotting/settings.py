@@ -33,6 +33,7 @@ SAMPLING_KEYS = (
     "seed",
     "image_size",
     "precision",
+    "winograd",
     "device",
     "sample_config",
     "calibration",

@@ -1,0 +1,88 @@
+"""Convolutions as products of matrices: exact in float64, close in float32, of any size, and where they belong."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.winograd import MAX_BYTES, UnfoldedConv2d, WinogradConv2d, use_winograd
+from tests.compat import relative_error
+from tests.test_unet import small_inputs, small_unet
+
+
+def conv(channels: int, outputs: int, side: int = 3, **settings) -> nn.Conv2d:
+    torch.manual_seed(0)
+    return nn.Conv2d(channels, outputs, side, padding=side // 2, **settings).requires_grad_(False)
+
+
+def image(channels: int, height: int, width: int) -> torch.Tensor:
+    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("size", [(8, 8), (4, 12), (5, 7), (1, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_tiles_give_the_convolution(tile, size, bias):
+    direct = conv(3, 5, bias=bias).double()
+    x = image(3, *size).double()
+    torch.testing.assert_close(WinogradConv2d(direct, tile)(x), direct(x), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("tile, limit", [(2, 1e-6), (4, 5e-6)])
+def test_rounding_in_float32(tile, limit):
+    direct, x = conv(192, 96), image(192, 16, 16)
+    wanted = F.conv2d(x.double(), direct.weight.double(), direct.bias.double(), padding=1)
+    assert relative_error(WinogradConv2d(direct, tile)(x).double(), wanted) < limit
+
+
+@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_unfolding_gives_the_convolution(side, bias):
+    direct = conv(3, 5, side, bias=bias).double()
+    x = image(3, 5, 7).double()
+    torch.testing.assert_close(UnfoldedConv2d(direct)(x), direct(x), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        conv(4, 4, stride=2),
+        conv(4, 4, groups=2),
+        conv(4, 4, dilation=2),
+        conv(4, 4, 5),
+        conv(4, 4, padding_mode="reflect"),
+        nn.ConvTranspose2d(4, 4, 3, padding=1),
+    ],
+)
+def test_other_convolutions_stay_as_they_are(other):
+    network = nn.Sequential(other)
+    use_winograd(network)
+    assert network[0] is other
+    for build in (lambda: WinogradConv2d(other, 2), lambda: UnfoldedConv2d(other)):
+        with pytest.raises(ValueError, match="wanted"):
+            build()
+
+
+def test_tiles_are_as_large_as_memory_allows():
+    widths = {4: 32, 2: 640, None: 1024}  # 36 KiB * 4, 25 and 64 MiB of transformed filters
+    assert 36 * 640**2 * 4 > MAX_BYTES >= 16 * 640**2 * 4 and MAX_BYTES < 16 * 1024**2 * 4
+    network = nn.Sequential(*[conv(width, width) for width in widths.values()], conv(3, 64), conv(1024, 32, 1))
+    use_winograd(network)
+    tiles = [layer.tile if isinstance(layer, WinogradConv2d) else None for layer in network]
+    assert tiles == [*widths, None, None]
+    assert [type(layer) for layer in network[2:]] == [UnfoldedConv2d, nn.Conv2d, UnfoldedConv2d]
+
+
+def test_a_network_computes_what_it_did():
+    unet = small_unet().eval()
+    x, t, context = small_inputs()
+    with torch.no_grad():
+        wanted = unet(x, t, context)
+        use_winograd(unet)
+        found = unet(x, t, context)
+        layers = list(unet.modules())
+        use_winograd(unet)
+    assert sum(isinstance(layer, WinogradConv2d) for layer in layers) > 10
+    assert layers == list(unet.modules()), "once is enough"
+    assert 0 < relative_error(found, wanted) < 1e-5
+    assert not any(layer.weight.requires_grad for layer in layers if isinstance(layer, WinogradConv2d))
