@@ -324,7 +324,7 @@ def test_threshold_of_another_number_of_steps(small):
 # ------------------------------------------------------------------------------------------------------------- images
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def generator(small) -> FaceGenerator:
     decoder = fill_deterministic(VQDecoder(DDCONFIG, n_embed=32))
     unet = copy.deepcopy(small[0])  # a drawer changes it
@@ -362,9 +362,8 @@ def test_images_are_byte_identical_in_any_order(generator, image_size, threads):
     [({}, True), ({"winograd": True}, True), ({"winograd": False}, False), ({"precision": "bf16"}, False)],
 )
 def test_winograd_is_for_fp32_on_a_cpu(generator, settings, used):
-    own = copy.deepcopy(generator)
-    drawer = FaceDrawer(own, TwoStageSampler(num_steps=2, min_t=50), DrawingSettings(compute_batch=4, **settings))
-    for network in (own.unet, own.first_stage.decoder):
+    drawer = FaceDrawer(generator, TwoStageSampler(num_steps=2, min_t=50), DrawingSettings(compute_batch=4, **settings))
+    for network in (generator.unet, generator.first_stage.decoder):
         assert any(isinstance(layer, WinogradConv2d) for layer in network.modules()) == used
     (drawn,) = drawer.draw([Job(0, 0, torch.ones(8))])
     assert drawn.image.shape == (16, 16, 3)
