@@ -43,7 +43,8 @@ TRANSFORMS = {
     ),
 }
 MAX_BYTES = 40 * 2**20  # of the transformed filters of a layer
-MIN_CHANNELS = 32  # of a layer with tiles: below, transforming costs more than multiplying
+TILES_BYTES = 8 * 2**20  # of the images taken at a time: what is made of their tiles stays in the cache, too
+MIN_CHANNELS = 96  # of a layer with tiles: below, transforming costs more than multiplying
 
 
 class WinogradConv2d(nn.Module):
@@ -69,6 +70,12 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, K, H, W)."""
+        tiles = -(-x.shape[2] // self.tile) * -(-x.shape[3] // self.tile)  # of an image
+        images = max(1, TILES_BYTES // (tiles * x.shape[1] * (self.tile + 2) ** 2 * x.element_size()))
+        parts = [self._convolve(part) for part in x.split(images)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _convolve(self, x: Tensor) -> Tensor:
         m, n, (batch, channels, height, width) = self.tile, self.tile + 2, x.shape
         rows, columns = -(-height // m), -(-width // m)
         margins = (0, 0, 1, columns * m - width + 1, 1, rows * m - height + 1)

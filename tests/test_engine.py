@@ -15,6 +15,7 @@ from diffusion.samplers import TwoStage as TwoStageSampler
 from diffusion.samplers import sample_ddim, sample_two_stage
 from diffusion.schedule import NoiseSchedule
 from diffusion.solvers import ddim, dpm_solver_2m
+from models import winograd
 from models.autoencoder.vqgan import VQDecoder
 from models.diffusion.attention import AttentionControl
 from models.winograd import WinogradConv2d, use_winograd
@@ -134,6 +135,7 @@ def test_compiled_in_one_graph(monkeypatch, small, starts):
     monkeypatch.setattr(torch, "compile", traced)
     plain = draw(make(small, compute_batch=6), starts)
     unet = copy.deepcopy(small[0])
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 32)
     use_winograd(unet)
     engine = make((unet, *small[1:]), compute_batch=6, compile=True)
     compiled = draw(engine, starts)
@@ -325,7 +327,8 @@ def test_threshold_of_another_number_of_steps(small):
 
 
 @pytest.fixture
-def generator(small) -> FaceGenerator:
+def generator(small, monkeypatch) -> FaceGenerator:
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 32)
     decoder = fill_deterministic(VQDecoder(DDCONFIG, n_embed=32))
     unet = copy.deepcopy(small[0])  # a drawer changes it
     return FaceGenerator(unet, small[3], FirstStage(decoder=decoder), (3, 8, 8), 2.0, 0, False, "")

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import winograd
 from models.winograd import MAX_BYTES, UnfoldedConv2d, WinogradConv2d, use_winograd
 from tests.compat import relative_error
 from tests.test_unet import small_inputs, small_unet
@@ -64,7 +65,7 @@ def test_other_convolutions_stay_as_they_are(other):
 
 
 def test_tiles_are_as_large_as_memory_allows():
-    widths = {4: 32, 2: 640, None: 1024}  # 36 KiB * 4, 25 and 64 MiB of transformed filters
+    widths = {4: 96, 2: 640, None: 1024}  # 1, 25 and 64 MiB of transformed filters
     assert 36 * 640**2 * 4 > MAX_BYTES >= 16 * 640**2 * 4 and MAX_BYTES < 16 * 1024**2 * 4
     network = nn.Sequential(*[conv(width, width) for width in widths.values()], conv(3, 64), conv(1024, 32, 1))
     use_winograd(network)
@@ -73,7 +74,19 @@ def test_tiles_are_as_large_as_memory_allows():
     assert [type(layer) for layer in network[2:]] == [UnfoldedConv2d, nn.Conv2d, UnfoldedConv2d]
 
 
-def test_a_network_computes_what_it_did():
+def test_few_images_are_taken_at_a_time(monkeypatch):
+    direct, taken = conv(3, 5).double(), []
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    monkeypatch.setattr(winograd, "TILES_BYTES", 2 * 4 * 3 * 36 * 8 + 1)  # two images of 4 tiles, 3 channels, float64
+    layer = WinogradConv2d(direct, 4)
+    convolve = layer._convolve
+    monkeypatch.setattr(layer, "_convolve", lambda part: taken.append(len(part)) or convolve(part))
+    torch.testing.assert_close(layer(x), direct(x), rtol=0, atol=1e-13)
+    assert taken == [2, 2, 1]
+
+
+def test_a_network_computes_what_it_did(monkeypatch):
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 32)
     unet = small_unet().eval()
     x, t, context = small_inputs()
     with torch.no_grad():
