@@ -14,7 +14,7 @@ or what the transformed filters of models.winograd take more, is counted.
     python -m benchmarks.sampling --size demo                 # make demo's network
     python -m benchmarks.sampling --variants fp32 --images 8  # sooner
 
-Legend: B batch, R rows of a pass, N = h * w queries, T context tokens, S side of h.
+Legend: B batch, R rows of a pass, N = h * w queries, T context tokens, C D their widths, S side of h.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from diffusion.schedule import NoiseSchedule
 from models.diffusion.attention import Attention, CrossAttentionBlock
 from models.diffusion.blocks import Downsample, Upsample
 from models.diffusion.unet import ConditionalUNet
-from models.winograd import use_winograd
+from models.winograd import use_products
 
 NUM_STEPS, MIN_T, SCALE = 50, 500, 1.0
 SIZES: dict[str, dict[str, Any]] = {
@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp32-direct-small": {"precision": "fp32", "compute_batch": 4},
     "fp32-direct-compiled": {"precision": "fp32", "compile": True},
     "bf16": {"precision": "bf16"},
+    "bf16-20-steps": {"precision": "bf16", **FAST},
     "bf16-compiled": {"precision": "bf16", "compile": True},
     "bf16-20-steps-compiled": {"precision": "bf16", "compile": True, **FAST},
 }
@@ -99,11 +100,15 @@ Maps = list[Tensor | None]  # of all attention layers in order of execution, (B,
 def attend(
     attention: Attention, x: Tensor, tokens: Tensor, injected: Tensor | None, blends: bool
 ) -> tuple[Tensor, Tensor]:
-    """x (B, N, C) to tokens (B, keys, D): what comes out, and the map, for which the logits are computed again."""
+    """x (B, C, N) to tokens (B, D, keys): what comes out, and the map, for which the logits are computed again."""
+
+    def heads(projected: Tensor) -> Tensor:
+        return projected.unflatten(1, (attention.heads, -1)).transpose(2, 3)  # (B, heads, N or keys, d)
+
+    q, k, v = heads(attention.to_q(x)), heads(attention.to_k(tokens)), heads(attention.to_v(tokens))
+    scale = q.shape[-1] ** -0.25
 
     def logits() -> Tensor:
-        q, k = attention.queries(x), attention.keys(tokens)
-        scale = q.shape[-1] ** -0.25
         return (q * scale) @ (k * scale).transpose(-1, -2)
 
     attention_map = logits()
@@ -113,30 +118,28 @@ def attend(
         mean, std = attention_map.mean(-1, keepdim=True), attention_map.std(-1, keepdim=True)
         other_mean, other_std = injected.mean(-1, keepdim=True), injected.std(-1, keepdim=True)
         attention_map = (attention_map - mean) / std * (other_std + std) / 2 + (other_mean + mean) / 2
-    out = attention.merge(attention_map.softmax(-1) @ attention.values(tokens))
+    out = attention.proj_out((attention_map.softmax(-1) @ v).transpose(2, 3).flatten(1, 2))  # (B, C, N)
     return out, attention_map if injected is not None else logits()
 
 
 def attention_block(block: CrossAttentionBlock, x: Tensor, embedding: Tensor, injected: Maps, kept: Maps) -> Tensor:
     tokens = block.c_proj_in(embedding).unflatten(-1, (block.context_channels, block.num_tokens))
-    tokens = block.c_norm(tokens).transpose(1, 2)  # (B, T, D)
+    tokens = block.c_norm(tokens)  # (B, D, T)
     side = x.shape[-2:]
 
     def normed(h: Tensor) -> Tensor:
-        return block.x_norm(h).flatten(2).transpose(1, 2)
-
-    def image(h: Tensor) -> Tensor:
-        return h.transpose(1, 2).unflatten(-1, side)
+        return block.x_norm(h).flatten(2)  # (B, C, N)
 
     h = block.x_proj_in(x)
     self_map, cross_map = (injected[len(kept)], injected[len(kept) + 1]) if injected else (None, None)
     out, used = attend(block.self_attention, normed(h), normed(h), self_map, blends=False)
     kept.append(used)
-    h = h + image(out)
+    h = h + out.unflatten(-1, side)
     out, used = attend(block.cross_attention, normed(h), tokens, cross_map, blends=True)
     kept.append(used)
-    h = h + image(out)
-    return x + block.x_proj_out(h + image(block.ff(normed(h))))
+    h = h + out.unflatten(-1, side)
+    out = block.ff(normed(h).transpose(1, 2)).transpose(1, 2)
+    return x + block.x_proj_out(h + out.unflatten(-1, side))
 
 
 def published_pass(
@@ -295,8 +298,7 @@ def run_ours(
     gc.collect()
     memory = PeakMemory()
     weights = memory.now()
-    if winograd:
-        use_winograd(unet)
+    use_products(unet, winograd=winograd)
     engine = Engine(unet, rule, solver, compute_batch=compute_batch, precision=precision, compile=compiled)
     gc.collect()
     memory.reset()  # what making them took is over

@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusion.engine import Engine, Observer, Start, Trajectory
 from diffusion.generator import FaceGenerator
 from diffusion.samplers import Sampler, TwoStage
-from models.winograd import use_winograd
+from models.winograd import use_products
 from utils.config import UserError
 from utils.images import resize, to_uint8
 from utils.precision import DTYPES, autocast, cast_products
@@ -58,7 +58,7 @@ class DrawingSettings:
     max_samples: int | None = None  # under way at a time; None: as many as the rows can take
     precision: str = "fp32"  # fp32, bf16, fp16
     compile: bool = False  # the network, with torch.compile: minutes at the start of a long run
-    winograd: bool | None = None  # convolutions as in models.winograd; None: on a CPU in fp32
+    winograd: bool | None = None  # a CPU's convolutions by tiles, as in models.winograd; None: in fp32
 
 
 class FaceDrawer:
@@ -73,17 +73,17 @@ class FaceDrawer:
         image_size: int | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """The generator stays on its device; bf16, fp16 and Winograd's convolutions change its networks for good.
+        """The generator stays on its device; half precisions and a CPU's convolutions change its networks for good.
         image_size: side of the images in pixels; None: as decoded. observer: see `Engine`."""
         rule, solver = sampler.parts(generator.schedule)
         self.generator, self.settings, self.image_size = generator, settings, image_size
         self.has_stages = isinstance(sampler, TwoStage)
         self.device = next(generator.unet.parameters()).device
         decoder = generator.first_stage.decoder
-        on_cpu_in_fp32 = self.device.type == "cpu" and settings.precision == "fp32"
-        if on_cpu_in_fp32 if settings.winograd is None else settings.winograd:
+        if self.device.type == "cpu":
+            winograd = settings.precision == "fp32" if settings.winograd is None else settings.winograd
             for network in (generator.unet, *([] if decoder is None else [decoder])):
-                use_winograd(network)
+                use_products(network, winograd=winograd)
         self.decoder_batch = max(1, settings.compute_batch // 4)  # images take more memory than latents
         self.engine = Engine(
             generator.unet,

@@ -144,6 +144,7 @@ class Engine:
             self._time = self._time.to(dtype)
         self._empty = self._compute(self._prepare, None)
         self._network = self._forward
+        self.compiled = compile
         self._is_cold = compile  # its first pass compiles
         if compile:
             # freezing packs the weights for the CPU's kernels once instead of at every call
@@ -277,7 +278,9 @@ class Engine:
         device = x_t.device
         rows = torch.tensor(of_sample, device=device)
         steps = torch.tensor([sample.step for sample in work.samples], device=device)[rows]
-        injection = (torch.tensor(source, device=device), torch.tensor(blend, device=device))
+        # Where no row blends, none of its cost; a compiled network keeps to one form
+        blends = torch.tensor(blend, device=device) if any(blend) or self.compiled else None
+        injection = (torch.tensor(source, device=device), blends)
         with self._autocast():
             eps, h = self._network(
                 x_t[rows], steps, PreparedContext.stack(contexts), *(injection if self.rule.injects else (None, None))

@@ -1,9 +1,10 @@
-"""Convolutions as products of matrices, for drawing on the CPU in fp32.
+"""Convolutions as products of matrices, for drawing on the CPU.
 
-3x3 ones by Winograd's minimal filtering (Lavin & Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016):
-m x m outputs take (m + 2)^2 multiplications in place of 9 m^2, 2.25 times fewer with m = 2 and 4 times with m = 4.
-Transformed filters take more memory than filters, 1.8 times with m = 2 and 4 times with m = 4; wide layers, which stand
-where images are small and filters most of the traffic, are unfolded instead (im2col), which costs none.
+In fp32, 3x3 ones by Winograd's minimal filtering (Lavin & Gray, Fast Algorithms for Convolutional Neural Networks,
+CVPR 2016): m x m outputs take (m + 2)^2 multiplications in place of 9 m^2, 2.25 times fewer with m = 2 and 4 times with
+m = 4. Transformed filters take more memory than filters, 1.8 times with m = 2 and 4 times with m = 4; wide layers,
+which stand where images are small and filters most of the traffic, are unfolded instead (im2col), which costs none.
+All of it is channels-last in memory, so that attention's tokens are rows as they lie there.
 Results differ from those of a direct convolution by rounding alone: 3e-7 (m = 2) and 2e-6 (m = 4) of their norm.
 
 Legend: B batch, C K channels before and after, H W; m side of a tile of the output, n = m + 2 of the input it comes
@@ -42,9 +43,10 @@ TRANSFORMS = {
         ],
     ),
 }
-MAX_BYTES = 40 * 2**20  # of the transformed filters of a layer
+MAX_BYTES = 24 * 2**20  # of the transformed filters of a layer
 TILES_BYTES = 8 * 2**20  # of the images taken at a time: what is made of their tiles stays in the cache, too
 MIN_CHANNELS = 96  # of a layer with tiles: below, transforming costs more than multiplying
+PIXELS_PER_FILTER = 2  # at most, of the whole batch: above, unfolding costs more than a product of matrices saves
 
 
 class WinogradConv2d(nn.Module):
@@ -90,26 +92,30 @@ class WinogradConv2d(nn.Module):
         return y[:, :height, :width].permute(0, 3, 1, 2)
 
 
-class UnfoldedConv2d(nn.Module):
-    """What a 1x1 or 3x3 convolution that keeps height and width computes, as one product over the whole batch. Inputs
-    and outputs are channels-last in memory."""
+class UnfoldedConv2d(nn.Conv2d):
+    """A 1x1 or 3x3 convolution that keeps height and width, computed as one product over the whole batch where images
+    are small beside the filters. Inputs and outputs are channels-last in memory."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         """With the filters of `conv`. Raises ValueError for a convolution of another kind."""
-        super().__init__()
-        self.side = conv.kernel_size[0]
         if not is_plain(conv, 1) and not is_plain(conv, 3):
             raise ValueError(f"{conv}: a plain 1x1 or 3x3 convolution that keeps height and width wanted")
-        self.weight = _frozen(conv.weight.permute(0, 2, 3, 1).flatten(1))  # (K, side * side * C)
+        shape = (conv.in_channels, conv.out_channels, conv.kernel_size)
+        super().__init__(*shape, padding=conv.padding, bias=conv.bias is not None, device="meta")
+        self.weight = _frozen(conv.weight.to(memory_format=torch.channels_last))  # (K, C, side, side)
         self.bias = None if conv.bias is None else _frozen(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, K, H, W)."""
-        rows = x.permute(0, 2, 3, 1)
-        if self.side == 3:
+        side, pixels = self.kernel_size[0], x.shape[0] * x.shape[2] * x.shape[3]
+        if side == 3 and pixels > PIXELS_PER_FILTER * self.out_channels:
+            return super().forward(x)
+        rows = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        if side == 3:
             rows = F.pad(rows, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)  # (B, H, W, C, 3, 3)
             rows = rows.permute(0, 1, 2, 4, 5, 3).flatten(3)
-        return F.linear(rows, self.weight, self.bias).permute(0, 3, 1, 2)
+        filters = self.weight.permute(0, 2, 3, 1).flatten(1)  # (K, side * side * C), a view of channels-last filters
+        return F.linear(rows.contiguous(), filters, self.bias).permute(0, 3, 1, 2)
 
 
 def _frozen(weights: Tensor) -> nn.Parameter:
@@ -125,17 +131,22 @@ def is_plain(conv: nn.Module, side: int) -> bool:
     )
 
 
-def use_winograd(network: nn.Module) -> None:
+def use_products(network: nn.Module, *, winograd: bool) -> None:
     """Put these convolutions in place of a network's own, for good: it cannot be trained or saved after that.
 
-    A network that is changed already stays as it is.
+    winograd: by tiles where that pays; its sums need float32. A network that is changed already stays as it is.
     """
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if is_plain(child, 1):
-                setattr(parent, name, UnfoldedConv2d(child))
-            elif is_plain(child, 3) and min(child.in_channels, child.out_channels) >= MIN_CHANNELS:
-                filter_bytes = child.in_channels * child.out_channels * child.weight.element_size()
-                tile = next((m for m in (4, 2) if (m + 2) ** 2 * filter_bytes <= MAX_BYTES), None)
+            if not isinstance(child, UnfoldedConv2d) and (is_plain(child, 1) or is_plain(child, 3)):
+                tile = _tile(child) if winograd else None
                 setattr(parent, name, UnfoldedConv2d(child) if tile is None else WinogradConv2d(child, tile))
     network.to(memory_format=torch.channels_last)
+
+
+def _tile(conv: nn.Conv2d) -> int | None:
+    """The largest tile whose transformed filters do not take too much memory; None where tiles do not pay."""
+    if not is_plain(conv, 3) or min(conv.in_channels, conv.out_channels) < MIN_CHANNELS:
+        return None
+    filter_bytes = conv.in_channels * conv.out_channels * conv.weight.element_size()
+    return next((m for m in (4, 2) if (m + 2) ** 2 * filter_bytes <= MAX_BYTES), None)

@@ -18,7 +18,7 @@ from diffusion.solvers import ddim, dpm_solver_2m
 from models import winograd
 from models.autoencoder.vqgan import VQDecoder
 from models.diffusion.attention import AttentionControl
-from models.winograd import WinogradConv2d, use_winograd
+from models.winograd import WinogradConv2d, use_products
 from tests import test_samplers
 from tests.compat import fill_deterministic, relative_error
 from tests.test_sample import DDCONFIG
@@ -136,7 +136,7 @@ def test_compiled_in_one_graph(monkeypatch, small, starts):
     plain = draw(make(small, compute_batch=6), starts)
     unet = copy.deepcopy(small[0])
     monkeypatch.setattr(winograd, "MIN_CHANNELS", 32)
-    use_winograd(unet)
+    use_products(unet, winograd=True)
     engine = make((unet, *small[1:]), compute_batch=6, compile=True)
     compiled = draw(engine, starts)
     assert engine.counts.compile_seconds > 0

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import winograd
-from models.winograd import MAX_BYTES, UnfoldedConv2d, WinogradConv2d, use_winograd
+from models.winograd import MAX_BYTES, UnfoldedConv2d, WinogradConv2d, use_products
 from tests.compat import relative_error
 from tests.test_unet import small_inputs, small_unet
 
@@ -38,8 +38,9 @@ def test_rounding_in_float32(tile, limit):
 
 @pytest.mark.parametrize("side", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
-def test_unfolding_gives_the_convolution(side, bias):
-    direct = conv(3, 5, side, bias=bias).double()
+@pytest.mark.parametrize("outputs", [5, 64])  # images of many pixels for so few filters are not unfolded
+def test_unfolding_gives_the_convolution(side, bias, outputs):
+    direct = conv(3, outputs, side, bias=bias).double()
     x = image(3, 5, 7).double()
     torch.testing.assert_close(UnfoldedConv2d(direct)(x), direct(x), rtol=0, atol=1e-13)
 
@@ -57,7 +58,7 @@ def test_unfolding_gives_the_convolution(side, bias):
 )
 def test_other_convolutions_stay_as_they_are(other):
     network = nn.Sequential(other)
-    use_winograd(network)
+    use_products(network, winograd=True)
     assert network[0] is other
     for build in (lambda: WinogradConv2d(other, 2), lambda: UnfoldedConv2d(other)):
         with pytest.raises(ValueError, match="wanted"):
@@ -65,13 +66,13 @@ def test_other_convolutions_stay_as_they_are(other):
 
 
 def test_tiles_are_as_large_as_memory_allows():
-    widths = {4: 96, 2: 640, None: 1024}  # 1, 25 and 64 MiB of transformed filters
-    assert 36 * 640**2 * 4 > MAX_BYTES >= 16 * 640**2 * 4 and MAX_BYTES < 16 * 1024**2 * 4
+    widths = {4: 96, 2: 512, None: 1024}  # 1, 16 and 64 MiB of transformed filters
+    assert 36 * 512**2 * 4 > MAX_BYTES >= 16 * 512**2 * 4 and MAX_BYTES < 16 * 1024**2 * 4
     network = nn.Sequential(*[conv(width, width) for width in widths.values()], conv(3, 64), conv(1024, 32, 1))
-    use_winograd(network)
+    use_products(network, winograd=True)
     tiles = [layer.tile if isinstance(layer, WinogradConv2d) else None for layer in network]
     assert tiles == [*widths, None, None]
-    assert [type(layer) for layer in network[2:]] == [UnfoldedConv2d, nn.Conv2d, UnfoldedConv2d]
+    assert [type(layer) for layer in network[2:]] == [UnfoldedConv2d] * 3
 
 
 def test_few_images_are_taken_at_a_time(monkeypatch):
@@ -91,10 +92,10 @@ def test_a_network_computes_what_it_did(monkeypatch):
     x, t, context = small_inputs()
     with torch.no_grad():
         wanted = unet(x, t, context)
-        use_winograd(unet)
+        use_products(unet, winograd=True)
         found = unet(x, t, context)
         layers = list(unet.modules())
-        use_winograd(unet)
+        use_products(unet, winograd=True)
     assert sum(isinstance(layer, WinogradConv2d) for layer in layers) > 10
     assert layers == list(unet.modules()), "once is enough"
     assert 0 < relative_error(found, wanted) < 1e-5

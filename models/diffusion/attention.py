@@ -16,6 +16,20 @@ from models.diffusion.context import PreparedContext
 GROUPS = 32  # of every GroupNorm in the network
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm (Wu & He, ECCV 2018) with GROUPS groups."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(GROUPS, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, ...) -> the same shape and type."""
+        if x.device.type == "cpu" and x.dtype != self.weight.dtype:
+            # torch's kernel for half precision, channels-last, takes three times as long as both conversions
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return super().forward(x)
+
+
 @dataclass
 class AttentionControl:
     """What one forward pass does with its attention maps: injection within the batch, and observation.
@@ -25,24 +39,26 @@ class AttentionControl:
     self-attention weights of row `source[i]`, itself where nothing is injected. No row's numbers depend on a row that
     is not its source, and nothing is kept between layers.
 
-    source: (B,) long. blend: (B,) bool, rows that blend the cross-attention map of their source into their own.
+    source: (B,) long. blend: (B,) bool, rows that blend the cross-attention map of their source into their own; None:
+    none does.
     observe_cross: called with every layer's cross-attention map (B, heads, N, T) as used, in order of execution.
     """
 
     source: Tensor
-    blend: Tensor
+    blend: Tensor | None = None
     observe_cross: Callable[[Tensor], None] | None = None
 
 
-def blend_maps(own: Tensor, source: Tensor) -> Tensor:
-    """Give `own` the mean of both maps' means and standard deviations over the keys, per query.
+def blend_maps(maps: Tensor, source: Tensor) -> Tensor:
+    """Give each row's map the mean of its own and its source's means and standard deviations over the keys, per query.
 
-    Both (B, heads, queries, keys). UIFace's cross-attention injection, an adaptive instance normalisation whose target
-    lies half way; the standard deviations are unbiased.
+    maps (B, heads, queries, keys), source (B,) rows. UIFace's cross-attention injection, an adaptive instance
+    normalisation whose target lies half way; the standard deviations are unbiased.
     """
-    std, mean = torch.std_mean(own, dim=-1, keepdim=True)
-    source_std, source_mean = torch.std_mean(source, dim=-1, keepdim=True)
-    return (own - mean) / std * ((source_std + std) / 2) + (source_mean + mean) / 2
+    mean = maps.mean(dim=-1, keepdim=True)
+    centred = maps - mean
+    std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (maps.shape[-1] - 1) ** 0.5
+    return torch.addcmul((mean[source] + mean) / 2, centred, (std[source] + std) / (2 * std))
 
 
 class Attention(nn.Module):
@@ -91,8 +107,9 @@ def cross_attention(
     if control is None:
         return attention.merge(F.scaled_dot_product_attention(attention.queries(x), keys, values))
     logits = attention_map(attention.queries(x), keys)  # (B, heads, N, T)
-    blended = blend_maps(logits, logits[control.source])
-    logits = torch.where(control.blend[:, None, None, None], blended, logits)
+    if control.blend is not None:
+        blended = blend_maps(logits, control.source)
+        logits = torch.where(control.blend[:, None, None, None], blended, logits)
     if control.observe_cross is not None:
         control.observe_cross(logits)
     return attention.merge(logits.softmax(dim=-1).to(values.dtype) @ values)
@@ -110,7 +127,7 @@ class SelfAttentionBlock(nn.Module):
 
     def __init__(self, channels: int, heads: int, head_channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.norm = GroupNorm(channels)
         self.attention = Attention(channels, channels, heads, head_channels)
         # a block begins as the identity, like the residual blocks
         nn.init.zeros_(self.attention.proj_out.weight)
@@ -135,8 +152,8 @@ class CrossAttentionBlock(nn.Module):
         self.self_attention = Attention(inner, inner, heads, head_channels)
         self.c_proj_in = nn.Linear(context_channels, context_channels * self.num_tokens)
         self.cross_attention = Attention(inner, context_channels, heads, head_channels)
-        self.x_norm = nn.GroupNorm(GROUPS, inner)  # shared by the three branches
-        self.c_norm = nn.GroupNorm(GROUPS, context_channels)
+        self.x_norm = GroupNorm(inner)  # shared by the three branches
+        self.c_norm = GroupNorm(context_channels)
         self.ff = nn.Sequential(nn.Linear(inner, 4 * inner), nn.GELU(), nn.Linear(4 * inner, inner))
         nn.init.zeros_(self.x_proj_out.weight)
         nn.init.zeros_(self.x_proj_out.bias)
@@ -163,7 +180,8 @@ def _linear(x: Tensor, conv: nn.Conv1d) -> Tensor:
 
 
 def _to_tokens(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
+    # (B, C, H, W) -> (B, N, C), contiguous: a linear layer of it is one product, not one for each image
+    return x.flatten(2).transpose(1, 2).contiguous()
 
 
 def _to_image(tokens: Tensor, like: Tensor) -> Tensor:

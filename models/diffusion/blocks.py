@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.diffusion.attention import GROUPS, AttentionControl, CrossAttentionBlock, SelfAttentionBlock
+from models.diffusion.attention import AttentionControl, CrossAttentionBlock, GroupNorm, SelfAttentionBlock
 from models.diffusion.context import PreparedContext
 
 CONDITION_TYPES = ("CA", "AdaGN", "AddPlusGN", "DiffAE")
@@ -56,7 +56,7 @@ class AdaptiveGroupNorm(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.norm = GroupNorm(channels)
 
     def forward(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """h (B, C, H, W), scale and shift (B, C) -> (B, C, H, W)."""
@@ -86,7 +86,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.layer = layer
         self.condition_type = condition_type
-        self.norm1 = nn.GroupNorm(GROUPS, in_channels)
+        self.norm1 = GroupNorm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb = nn.Sequential(nn.SiLU(), nn.Linear(time_channels, out_channels))
         self.takes_context = context_channels is not None and condition_type != "CA"
@@ -95,7 +95,7 @@ class ResidualBlock(nn.Module):
         adds_context = self.takes_context and condition_type == "AdaGN"
         self.time_alone_scales = condition_type != "AddPlusGN" and not adds_context
         if condition_type == "AddPlusGN":
-            self.norm2 = nn.GroupNorm(GROUPS, out_channels)
+            self.norm2 = GroupNorm(out_channels)
         else:
             self.scale_emb = nn.Linear(out_channels, out_channels)
             self.shift_emb = nn.Linear(out_channels, out_channels)

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.diffusion.attention import GROUPS, AttentionControl, CrossAttentionBlock, SelfAttentionBlock
+from models.diffusion.attention import (
+    GROUPS,
+    AttentionControl,
+    CrossAttentionBlock,
+    GroupNorm,
+    SelfAttentionBlock,
+)
 from models.diffusion.blocks import (
     CONDITION_TYPES,
     Downsample,
@@ -132,7 +138,7 @@ class ConditionalUNet(ContextEmbedder):
                 up.append(Upsample(channels))
         self.up = nn.ModuleList(up)
 
-        self.norm = nn.GroupNorm(GROUPS, initial_channels)
+        self.norm = GroupNorm(initial_channels)
         self.final = nn.Conv2d(initial_channels, input_channels, 3, padding=1)
         # the first prediction is zero noise, whose loss is 1, rather than an arbitrary function
         nn.init.zeros_(self.final.weight)
