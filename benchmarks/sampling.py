@@ -68,6 +68,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp32-direct-compiled": {"precision": "fp32", "compile": True},
     "bf16": {"precision": "bf16"},
     "bf16-20-steps": {"precision": "bf16", **FAST},
+    "bf16-16-rows": {"precision": "bf16", "compute_batch": 16},
+    "bf16-16-rows-20-steps": {"precision": "bf16", "compute_batch": 16, **FAST},
     "bf16-compiled": {"precision": "bf16", "compile": True},
     "bf16-20-steps-compiled": {"precision": "bf16", "compile": True, **FAST},
 }
