@@ -58,7 +58,7 @@ class DrawingSettings:
     max_samples: int | None = None  # under way at a time; None: as many as the rows can take
     precision: str = "fp32"  # fp32, bf16, fp16
     compile: bool = False  # the network, with torch.compile: minutes at the start of a long run
-    winograd: bool | None = None  # a CPU's convolutions by tiles, as in models.winograd; None: in fp32
+    winograd: bool | None = None  # convolutions by tiles, as in models.winograd; None: on a CPU in fp32
 
 
 class FaceDrawer:
@@ -80,8 +80,9 @@ class FaceDrawer:
         self.has_stages = isinstance(sampler, TwoStage)
         self.device = next(generator.unet.parameters()).device
         decoder = generator.first_stage.decoder
-        if self.device.type == "cpu":
-            winograd = settings.precision == "fp32" if settings.winograd is None else settings.winograd
+        on_cpu = self.device.type == "cpu"
+        winograd = on_cpu and settings.precision == "fp32" if settings.winograd is None else settings.winograd
+        if on_cpu or winograd:
             for network in (generator.unet, *([] if decoder is None else [decoder])):
                 use_products(network, winograd=winograd)
         self.decoder_batch = max(1, settings.compute_batch // 4)  # images take more memory than latents

@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from diffusion.attention_maps import AggregatedMap, map_change
-from models.diffusion.attention import AttentionControl, SelfAttentionBlock, blend_maps
+from models.diffusion.attention import AttentionControl, GroupNorm, SelfAttentionBlock, blend_maps
 from models.diffusion.blocks import CONDITION_TYPES, ResidualBlock
 from models.diffusion.context import PreparedContext
 from models.diffusion.unet import ConditionalUNet
@@ -176,6 +176,25 @@ def test_blended_map_statistics():
     torch.testing.assert_close(blended.std(-1), (own.std(-1) + source.std(-1)) / 2)
     assert torch.equal(blended.argsort(-1), own.argsort(-1))
     torch.testing.assert_close(blend_maps(maps, torch.arange(4)), maps)
+
+
+def test_no_blending_is_blending_of_no_row():
+    unet = small_unet().eval()
+    x, t, context = small_inputs()
+    source = torch.arange(len(x)) // 2 * 2
+    with torch.no_grad():
+        told = unet(x, t, context, control=AttentionControl(source, torch.zeros(len(x), dtype=torch.bool)))
+        assert torch.equal(unet(x, t, context, control=AttentionControl(source)), told)
+
+
+@pytest.mark.parametrize("side", [4, 32])  # either kernel
+def test_group_norm_in_half_precision_sums_in_float32(side):
+    norm = GroupNorm(64)
+    torch.nn.init.normal_(norm.weight)
+    x = (3 + torch.randn(2, 64, side, side, generator=torch.Generator().manual_seed(0))).bfloat16()
+    found = norm(x.to(memory_format=torch.channels_last))
+    assert found.dtype == torch.bfloat16 and found.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(found.float(), norm(x.float())) < 3e-3
 
 
 def test_a_new_network_predicts_zero():
