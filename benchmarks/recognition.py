@@ -151,12 +151,13 @@ def run_loader(folder: Path, variant: str, args: argparse.Namespace) -> dict[str
 
 def measure(folder: Path, variant: str, args: argparse.Namespace) -> dict[str, Any]:
     """One variant in this process."""
-    torch.set_num_threads(args.threads)
     if variant in STEPS:
+        torch.set_num_threads(args.threads)
         result = run_step(folder, variant, args)
         seconds = float(np.median(result["seconds"][4 if "compiled" in variant else WARM_UP :]))
         rate = args.batch / seconds
     else:
+        torch.set_num_threads(1)  # OpenMP's threads spin between two batches, on the processors of the workers
         result = run_loader(folder, variant, args)
         rate = args.loader_batch / float(np.mean(result["seconds"]))  # batches come in bursts: the mean, no median
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

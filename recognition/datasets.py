@@ -6,17 +6,18 @@ Legend: n images, S side in pixels, B batch of one process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from recognition.augment import Augmentation
 from recognition.step_batches import StepBatches
 from recognition.training_sets import DatasetSettings, TrainingSet, open_training_set, read_training_set
+from utils.data.batch_ring import batches_from_workers
 from utils.data.prefetch import prefetch
 from utils.distributed import seed_for
 from utils.images import centre_square, default_threads, load_images, resize
@@ -50,11 +51,17 @@ class IdentityDataset(Dataset):
         generator = np.random.Generator(np.random.PCG64(seed_for(self.seed, "augment", number, index)))
         return self.augment(pixels, generator), int(self.source.labels[index])
 
+    def fill(self, items: Sequence[tuple[int, int]], pixels: np.ndarray) -> np.ndarray:
+        """Write the images of `items` into uint8 (B, S, S, 3) and return their labels (B,) int64."""
+        for k, item in enumerate(items):
+            pixels[k], _ = self[item]
+        return self.source.labels[[index for _, index in items]]
 
-def collate(samples: list[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
-    """Samples => uint8 (B, S, S, 3) pixels, (B,) long labels."""
-    pixels, labels = zip(*samples, strict=True)
-    return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
+    def batch(self, items: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """uint8 (B, S, S, 3) RGB and labels (B,) long of `items`."""
+        pixels = np.empty((len(items), self.size, self.size, 3), np.uint8)
+        labels = self.fill(items, pixels)
+        return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
 def load_batches(
@@ -69,15 +76,10 @@ def load_batches(
         shares = ", ".join(f"{count} of {name}" for name, count in batches.shares.items())
         log.info("every step's %d images: %s", batches.global_batch, shares)
     workers = min(num_workers, default_threads())
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-    )
-    return iter(loader) if workers else prefetch(iter(loader))
+    if workers:
+        shape = (len(batches.batch(batches.first_step)), dataset.size, dataset.size, 3)
+        return batches_from_workers(dataset.fill, batches, shape, workers=workers, pin_memory=pin_memory)
+    return prefetch(map(dataset.batch, batches))
 
 
 __all__ = [
@@ -85,7 +87,6 @@ __all__ = [
     "IdentityDataset",
     "StepBatches",
     "TrainingSet",
-    "collate",
     "load_batches",
     "open_training_set",
     "read_training_set",

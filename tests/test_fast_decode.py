@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -50,6 +51,29 @@ def test_pixels_are_those_of_pillow(format: str, options: dict) -> None:
     assert pixels is not None and pixels.dtype == np.uint8 and pixels.flags.writeable
     assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
     assert np.array_equal(decode_image(data), pixels)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (37, 29), (149, 146), (150, 146), (300, 200)])  # 65,535 bytes fit a block
+def test_pixels_do_not_depend_on_who_inflates(size: tuple[int, int], monkeypatch) -> None:
+    pytest.importorskip("isal")
+    data = encoded(photograph(*size), "PNG")
+    pixels = decode_plain(data)
+    assert np.array_equal(pixels, np.asarray(photograph(*size)))
+    monkeypatch.setattr(fast_decode, "isal_zlib", None)
+    assert np.array_equal(decode_plain(data), pixels)
+
+
+@pytest.mark.parametrize("length", [0, 37 * 88 - 1, 37 * 88 + 1, 10**8])
+def test_a_stream_of_another_length_is_left_to_pillow(length: int) -> None:
+    pytest.importorskip("isal")
+    data = encoded(photograph(), "PNG")
+    stream = zlib.compress(bytes(length))
+    body = b"IDAT" + stream
+    chunk = struct.pack(">I", len(stream)) + body + struct.pack(">I", zlib.crc32(body))
+    tracemalloc.start()
+    assert decode_plain(data[:33] + chunk + data[-12:]) is None
+    assert tracemalloc.get_traced_memory()[1] < 10**6  # nobody inflates more than the header promises
+    tracemalloc.stop()
 
 
 def test_a_grey_jpeg_becomes_rgb() -> None:

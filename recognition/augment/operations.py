@@ -76,7 +76,7 @@ def low_resolution(image: np.ndarray, generator: np.random.Generator) -> np.ndar
 def photometric(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Jitter brightness, contrast and saturation in a random order; the hue stays.
 
-    Each moves the pixels away from, or towards, an anchor: anchor + factor (pixel - anchor), within 0..255.
+    Each moves the pixels away from, or towards, an anchor: factor pixel + (1 - factor) anchor, within 0..255.
     """
     pixels = np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)  # (3, S, S): whole planes are quicker
     for operation, factor in zip(generator.permutation(3), generator.uniform(1 - JITTER, 1 + JITTER, 3), strict=True):
@@ -86,9 +86,8 @@ def photometric(image: np.ndarray, generator: np.random.Generator) -> np.ndarray
             anchor = grey_levels(pixels).mean()
         else:  # saturation: each pixel's grey
             anchor = grey_levels(pixels)
-        pixels -= anchor
         pixels *= np.float32(factor)
-        pixels += anchor
+        pixels += np.float32(1 - factor) * anchor
         np.clip(pixels, 0, 255, out=pixels)
     levels = np.rint(pixels, out=pixels).astype(np.uint8)
     return np.ascontiguousarray(levels.transpose(1, 2, 0))

@@ -36,7 +36,7 @@ class ImageFiles(LabelledImages):
         return read_bytes(os.path.join(self.root, self.names[index]))
 
     def describe(self, index: int) -> str:
-        return str(self.root / self.names[index])
+        return os.path.join(self.root, self.names[index])  # of every image that is read: no Path for it
 
 
 def read_class_folders(root: str | Path) -> ImageFiles:
