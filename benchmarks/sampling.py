@@ -62,6 +62,7 @@ FAST = {"solver": "dpm_solver_2m", "num_steps": 20}
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
     "fp32": {"precision": "fp32", "winograd": True},
+    "fp32-16-rows": {"precision": "fp32", "winograd": True, "compute_batch": 16},
     "fp32-20-steps": {"precision": "fp32", "winograd": True, **FAST},
     "fp32-direct": {"precision": "fp32"},
     "fp32-direct-small": {"precision": "fp32", "compute_batch": 4},

@@ -91,6 +91,7 @@ class FaceDrawer:
             rule,
             solver,
             compute_batch=settings.compute_batch,
+            lanes=settings.lanes,
             max_samples=settings.max_samples,
             precision=settings.precision,
             compile=settings.compile,

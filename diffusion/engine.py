@@ -13,6 +13,7 @@ Legend: n samples of a pass, R its rows, C channels, H W height and width, D con
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,7 +137,7 @@ class Engine:
         self.callback, self.observer = callback, observer
         self.counts = Counts()
         self.device = next(unet.parameters()).device
-        self.lanes = None if compute_batch is None else Lanes(self.device, lanes)
+        self.lanes = Lanes(self.device, lanes) if compute_batch is not None else Lanes(None)
         self._time = self._compute(self._prepare_time)  # a row for each step
         dtype = None if precision is None else DTYPES[precision]
         if dtype is not None:
@@ -152,55 +153,73 @@ class Engine:
             self._network = torch.compile(self._forward, dynamic=False, fullgraph=True, options=options)
 
     def run(self, starts: Iterable[Start]) -> Iterator[Trajectory]:
-        """Draw all of `starts`, which are pulled when there is room for one; yields them as they end."""
-        waiting, under_way = iter(starts), []
-        while work := self._choose(under_way, waiting):
-            if self._is_cold:
-                began = time.perf_counter()
-                self._compute(self._advance, work.pop(0))
-                self.counts.compile_seconds, self._is_cold = time.perf_counter() - began, False
-            if self.lanes is None:
-                self._advance(work[0])
-            else:
-                for lane in [self.lanes.submit(self._advance, one) for one in work]:
-                    lane.result()
-            ended = [sample for sample in under_way if sample.step == len(self.solver)]
-            under_way = [sample for sample in under_way if sample.step < len(self.solver)]
-            yield from ended
+        """Draw all of `starts`, which are pulled when there is room for one; yields them as they end.
 
-    def _choose(self, under_way: list[Trajectory], waiting: Iterator[Start]) -> list[_Pass]:
-        """Fill passes, one a lane: samples under way, oldest first; then new ones, which join `under_way`."""
-        passes = [_Pass() for _ in range(1 if self.lanes is None else self.lanes.count)]
-        room = math.inf if self.compute_batch is None else self.compute_batch
+        No lane waits for another: each takes its next pass from the samples that are in none.
+        """
+        waiting, under_way = iter(starts), []
+        computing: dict[Future[None], _Pass] = {}
+        try:
+            while True:
+                while len(computing) < self.lanes.count:
+                    busy = {id(sample) for work in computing.values() for sample in work.samples}
+                    work = self._choose(under_way, busy, waiting)
+                    if not work.samples:
+                        break
+                    computing[self._begin(work)] = work
+                if not computing:
+                    return
+                done = wait(computing, return_when=FIRST_COMPLETED).done
+                ended = []
+                for future in [future for future in computing if future in done]:  # in the order of their beginning
+                    future.result()
+                    ended += [sample for sample in computing.pop(future).samples if sample.step == len(self.solver)]
+                under_way = [sample for sample in under_way if sample.step < len(self.solver)]
+                yield from ended
+        finally:
+            wait(computing)  # of a run that is given up
+
+    def _begin(self, work: _Pass) -> "Future[None]":
+        self.counts.passes += 1
+        self.counts.rows += work.rows
+        if self.compute_batch is not None:
+            self.counts.padding += self.compute_batch - work.rows
+        if self._is_cold:
+            began = time.perf_counter()
+            future = self.lanes.submit(self._advance, work)
+            wait([future])
+            self.counts.compile_seconds, self._is_cold = time.perf_counter() - began, False
+            return future
+        return self.lanes.submit(self._advance, work)
+
+    def _choose(self, under_way: list[Trajectory], busy: set[int], waiting: Iterator[Start]) -> _Pass:
+        """Fill a pass: samples under way that are in no other, oldest first; then new ones, which join `under_way`."""
+        work, room = _Pass(), math.inf if self.compute_batch is None else self.compute_batch
 
         def place(sample: Trajectory) -> bool:
             evaluation = self.rule.evaluation(self.solver.timesteps[sample.step], sample.progress)
-            for one in passes:
-                if one.rows + len(evaluation.branches) <= room:
-                    one.add(sample, evaluation)
-                    return True
-            return False
+            fits = work.rows + len(evaluation.branches) <= room
+            if fits:
+                work.add(sample, evaluation)
+            return fits
 
+        # A new sample that needs more rows than are left comes first next time; one of them is enough
+        is_full = False
         for sample in under_way:
-            place(sample)
-        while (self.max_samples is None or len(under_way) < self.max_samples) and any(p.rows < room for p in passes):
+            if id(sample) not in busy:
+                is_full |= not place(sample) and sample.step == 0
+        while not is_full and work.rows < room and (self.max_samples is None or len(under_way) < self.max_samples):
             start = next(waiting, None)
             if start is None:
                 break
             progress = Progress(start.context is not None, start.negative is not None, start.threshold)
             under_way.append(Trajectory(start, start.x_T, progress))
-            if not place(under_way[-1]):
-                break  # it needs more rows than are left in any pass
-        passes = [one for one in passes if one.samples]
-        self.counts.passes += len(passes)
-        self.counts.rows += sum(one.rows for one in passes)
-        if self.compute_batch is not None:
-            self.counts.padding += sum(self.compute_batch - one.rows for one in passes)
-        return passes
+            is_full = not place(under_way[-1])
+        return work
 
     def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """In a lane where there are lanes: small products, too, round differently on several threads."""
-        return function(*arguments) if self.lanes is None else self.lanes.submit(function, *arguments).result()
+        """In a lane: small products, too, round differently on several threads."""
+        return self.lanes.submit(function, *arguments).result()
 
     @torch.no_grad()
     def _prepare_time(self) -> PreparedTime:
@@ -257,6 +276,8 @@ class Engine:
             sample.x_0 = x_0[row] if solver.is_multistep else None
             sample.evaluation = evaluation
             sample.step += 1
+            if sample.step == len(solver):
+                sample.contexts = sample.x_0 = None  # megabytes, of no use to whoever keeps the sample
 
     def _evaluate(self, work: _Pass, x_t: Tensor) -> tuple[list[int], Tensor, Tensor | None]:
         """The rows of the samples through the network: each sample's first row, eps and h of all rows."""

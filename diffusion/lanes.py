@@ -18,9 +18,10 @@ T = TypeVar("T")
 class Lanes:
     """`count` workers on a CPU; on other devices, which order their own sums, the calling thread itself."""
 
-    def __init__(self, device: torch.device, count: int | None = None) -> None:
-        """count None: as many as torch has threads (OMP_NUM_THREADS) on a CPU, 1 elsewhere."""
-        is_cpu = device.type == "cpu"
+    def __init__(self, device: torch.device | None, count: int | None = None) -> None:
+        """device None: the calling thread, with all threads of its own, whatever the device.
+        count None: as many as torch has threads (OMP_NUM_THREADS) on a CPU, 1 elsewhere."""
+        is_cpu = device is not None and device.type == "cpu"
         self.count = count or (torch.get_num_threads() if is_cpu else 1)
         # torch keeps the number of threads for each calling thread: that of the others stays as it is
         self._pool = (
@@ -32,5 +33,8 @@ class Lanes:
         if self._pool is not None:
             return self._pool.submit(function, *arguments)
         future: Future[T] = Future()
-        future.set_result(function(*arguments))
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)  # raised by `result()`, as in a lane
         return future
