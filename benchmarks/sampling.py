@@ -65,7 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp32-16-rows": {"precision": "fp32", "winograd": True, "compute_batch": 16},
     "fp32-20-steps": {"precision": "fp32", "winograd": True, **FAST},
     "fp32-direct": {"precision": "fp32"},
-    "fp32-direct-small": {"precision": "fp32", "compute_batch": 4},
+    "fp32-direct-small": {"precision": "fp32", "compute_batch": 6},
     "fp32-direct-compiled": {"precision": "fp32", "compile": True},
     "bf16": {"precision": "bf16"},
     "bf16-20-steps": {"precision": "bf16", **FAST},
