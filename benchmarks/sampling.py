@@ -8,7 +8,7 @@ compiled, in bf16, and with 20 steps of DPM-Solver++(2M); it goes on with the ne
 Weights are random, so that no layout ever settles by itself; each sample gets a threshold of its own, chosen from a
 pass without switches, with which the switches are spread evenly over stage 1. Each variant runs in a process of its
 own, so that peak memory is its own: above the weights as they are loaded. What a compiled network packs a second time,
-or what the transformed filters of models.winograd take more, is counted.
+or what the transformed filters of models.cpu_convolutions take more, is counted.
 
     python -m benchmarks.sampling                             # the published network, 216 M weights, batch 8
     python -m benchmarks.sampling --size demo                 # make demo's network
@@ -38,10 +38,10 @@ from diffusion.engine import Engine, Start
 from diffusion.rules import rescaled_threshold
 from diffusion.samplers import TwoStage
 from diffusion.schedule import NoiseSchedule
+from models.cpu_convolutions import use_products
 from models.diffusion.attention import Attention, CrossAttentionBlock
 from models.diffusion.blocks import Downsample, Upsample
 from models.diffusion.unet import ConditionalUNet
-from models.winograd import use_products
 
 NUM_STEPS, MIN_T, SCALE = 50, 500, 1.0
 SIZES: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusion.engine import Engine, Observer, Start, Trajectory
 from diffusion.generator import FaceGenerator
 from diffusion.samplers import Sampler, TwoStage
-from models.winograd import use_products
+from models.cpu_convolutions import use_products
 from utils.config import UserError
 from utils.images import resize, to_uint8
 from utils.precision import DTYPES, autocast, cast_products
@@ -58,7 +58,7 @@ class DrawingSettings:
     max_samples: int | None = None  # under way at a time; None: as many as the rows can take
     precision: str = "fp32"  # fp32, bf16, fp16
     compile: bool = False  # the network, with torch.compile: minutes at the start of a long run
-    winograd: bool | None = None  # convolutions by tiles, as in models.winograd; None: on a CPU in fp32
+    winograd: bool | None = None  # convolutions by tiles, as in models.cpu_convolutions; None: on a CPU in fp32
 
 
 class FaceDrawer:

@@ -157,7 +157,7 @@ class Engine:
 
         No lane waits for another: each takes its next pass from the samples that are in none.
         """
-        waiting, under_way = iter(starts), []
+        waiting, under_way, ended = iter(starts), [], []
         computing: dict[Future[None], _Pass] = {}
         try:
             while True:
@@ -167,6 +167,7 @@ class Engine:
                     if not work.samples:
                         break
                     computing[self._begin(work)] = work
+                yield from ended  # while the lanes compute
                 if not computing:
                     return
                 done = wait(computing, return_when=FIRST_COMPLETED).done
@@ -175,7 +176,6 @@ class Engine:
                     future.result()
                     ended += [sample for sample in computing.pop(future).samples if sample.step == len(self.solver)]
                 under_way = [sample for sample in under_way if sample.step < len(self.solver)]
-                yield from ended
         finally:
             wait(computing)  # of a run that is given up
 

@@ -1,6 +1,7 @@
 """The engine: the same samples as all together, to the last bit whatever runs beside them, at the cost it promises."""
 
 import copy
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,10 +16,10 @@ from diffusion.samplers import TwoStage as TwoStageSampler
 from diffusion.samplers import sample_ddim, sample_two_stage
 from diffusion.schedule import NoiseSchedule
 from diffusion.solvers import ddim, dpm_solver_2m
-from models import winograd
+from models import cpu_convolutions
 from models.autoencoder.vqgan import VQDecoder
+from models.cpu_convolutions import WinogradConv2d, use_products
 from models.diffusion.attention import AttentionControl
-from models.winograd import WinogradConv2d, use_products
 from tests import test_samplers
 from tests.compat import fill_deterministic, relative_error
 from tests.test_sample import DDCONFIG
@@ -135,7 +136,7 @@ def test_compiled_in_one_graph(monkeypatch, small, starts):
     monkeypatch.setattr(torch, "compile", traced)
     plain = draw(make(small, compute_batch=6), starts)
     unet = copy.deepcopy(small[0])
-    monkeypatch.setattr(winograd, "MIN_CHANNELS", 32)
+    monkeypatch.setattr(cpu_convolutions, "MIN_CHANNELS", 32)
     use_products(unet, winograd=True)
     engine = make((unet, *small[1:]), compute_batch=6, compile=True)
     compiled = draw(engine, starts)
@@ -213,7 +214,57 @@ def test_jobs_are_pulled_when_there_is_room(small, starts):
     for _ in make(small, compute_batch=4, max_samples=3).run(feed()):
         ended += 1
         most = max(most, len(pulled) - ended)
-    assert ended == N and most <= 3
+    assert ended == N and most <= 3 + 1  # the next is pulled before one that ended is handed out
+
+
+def test_at_most_one_sample_waits_for_room(small, starts):
+    """Two rows a sample and five a pass: a third sample fits into none, and no fourth may be pulled for the gap."""
+    pulled, most = [], 0
+
+    def feed() -> Iterator[Start]:
+        for k in range(6):
+            for start in starts:
+                pulled.append(start.key)
+                yield Start(100 * k + start.key, start.x_T, start.context)
+
+    engine = Engine(small[0], OneStage(guidance_scale=0.5), ddim(small[3], NUM_STEPS), compute_batch=5, lanes=1)
+    for ended, _ in enumerate(engine.run(feed())):
+        most = max(most, len(pulled) - ended)
+    assert len(pulled) == 6 * N and most <= 3 + 2  # two end in a pass, and the next are pulled before they come
+
+
+def test_no_lane_waits_for_another(small, starts):
+    """A pass that takes as long as all the others together holds up its own samples alone."""
+    engine, reference = make(small, compute_batch=4, lanes=2), draw(make(small, compute_batch=4), starts)
+    advance, others, slow = engine._advance, threading.Event(), []
+
+    def one_slow_pass(work) -> None:
+        if any(sample.start.key == 0 for sample in work.samples) and not slow:
+            slow.extend(sample.start.key for sample in work.samples)
+            assert others.wait(60), "the other lane stands still"
+        advance(work)
+
+    engine._advance = one_slow_pass
+    drawn = []
+    for sample in engine.run(starts):
+        drawn.append(sample)
+        if len(drawn) == N - len(slow):
+            others.set()
+    assert {sample.start.key for sample in drawn[-len(slow) :]} == set(slow)
+    assert same(sorted(drawn, key=lambda sample: sample.start.key), reference)
+
+
+def test_a_run_that_is_given_up_leaves_nothing_behind(small, starts):
+    engine = make(small, compute_batch=4, lanes=2)
+    run = engine.run(starts)
+    next(run)
+    run.close()
+    passes = engine.counts.passes
+    assert len(draw(engine, starts[:2])) == 2 and engine.counts.passes > passes
+
+
+def test_a_sample_that_ended_holds_no_contexts(small, starts):
+    assert all(sample.contexts is None and sample.x_0 is None for sample in make(small, compute_batch=6).run(starts))
 
 
 # ---------------------------------------------------------------------------------------------------------- guidance
@@ -328,7 +379,7 @@ def test_threshold_of_another_number_of_steps(small):
 
 @pytest.fixture
 def generator(small, monkeypatch) -> FaceGenerator:
-    monkeypatch.setattr(winograd, "MIN_CHANNELS", 32)
+    monkeypatch.setattr(cpu_convolutions, "MIN_CHANNELS", 32)
     decoder = fill_deterministic(VQDecoder(DDCONFIG, n_embed=32))
     unet = copy.deepcopy(small[0])  # a drawer changes it
     return FaceGenerator(unet, small[3], FirstStage(decoder=decoder), (3, 8, 8), 2.0, 0, False, "")
@@ -358,6 +409,11 @@ def test_images_are_byte_identical_in_any_order(generator, image_size, threads):
     finally:
         torch.set_num_threads(before)
     assert all((reference[a] != reference[b]).any() for a in range(9) for b in range(a))
+
+
+def test_lanes_are_those_of_the_settings(generator):
+    drawer = FaceDrawer(generator, TwoStageSampler(num_steps=2, min_t=50), DrawingSettings(compute_batch=4, lanes=3))
+    assert drawer.engine.lanes.count == 3
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from diffusion.attention_maps import AggregatedMap, map_change
-from models.diffusion.attention import AttentionControl, GroupNorm, SelfAttentionBlock, blend_maps
+from models.diffusion.attention import AttentionControl, SelfAttentionBlock, blend_maps
 from models.diffusion.blocks import CONDITION_TYPES, ResidualBlock
 from models.diffusion.context import PreparedContext
+from models.diffusion.group_norm import GroupNorm
 from models.diffusion.unet import ConditionalUNet
 from tests.compat import fill_deterministic, load_arrays, load_json, load_shapes, relative_error
 from utils.config import UserError

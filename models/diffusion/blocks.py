@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.diffusion.attention import AttentionControl, CrossAttentionBlock, GroupNorm, SelfAttentionBlock
+from models.diffusion.attention import AttentionControl, CrossAttentionBlock, SelfAttentionBlock
 from models.diffusion.context import PreparedContext
+from models.diffusion.group_norm import GroupNorm
 
 CONDITION_TYPES = ("CA", "AdaGN", "AddPlusGN", "DiffAE")
 

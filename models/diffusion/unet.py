@@ -12,13 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.diffusion.attention import (
-    GROUPS,
-    AttentionControl,
-    CrossAttentionBlock,
-    GroupNorm,
-    SelfAttentionBlock,
-)
+from models.diffusion.attention import AttentionControl, CrossAttentionBlock, SelfAttentionBlock
 from models.diffusion.blocks import (
     CONDITION_TYPES,
     Downsample,
@@ -30,6 +24,7 @@ from models.diffusion.blocks import (
     Upsample,
 )
 from models.diffusion.context import ContextEmbedder, PreparedContext
+from models.diffusion.group_norm import GROUPS, GroupNorm
 from utils.config import UserError
 
 

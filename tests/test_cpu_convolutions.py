@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import winograd
-from models.winograd import MAX_BYTES, UnfoldedConv2d, WinogradConv2d, use_products
+from models import cpu_convolutions
+from models.cpu_convolutions import MAX_BYTES, UnfoldedConv2d, WinogradConv2d, use_products
 from tests.compat import relative_error
 from tests.test_unet import small_inputs, small_unet
 
@@ -78,7 +78,9 @@ def test_tiles_are_as_large_as_memory_allows():
 def test_few_images_are_taken_at_a_time(monkeypatch):
     direct, taken = conv(3, 5).double(), []
     x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
-    monkeypatch.setattr(winograd, "TILES_BYTES", 2 * 4 * 3 * 36 * 8 + 1)  # two images of 4 tiles, 3 channels, float64
+    monkeypatch.setattr(
+        cpu_convolutions, "TILES_BYTES", 2 * 4 * 3 * 36 * 8 + 1
+    )  # two images of 4 tiles, 3 channels, float64
     layer = WinogradConv2d(direct, 4)
     convolve = layer._convolve
     monkeypatch.setattr(layer, "_convolve", lambda part: taken.append(len(part)) or convolve(part))
@@ -87,7 +89,7 @@ def test_few_images_are_taken_at_a_time(monkeypatch):
 
 
 def test_a_network_computes_what_it_did(monkeypatch):
-    monkeypatch.setattr(winograd, "MIN_CHANNELS", 32)
+    monkeypatch.setattr(cpu_convolutions, "MIN_CHANNELS", 32)
     unet = small_unet().eval()
     x, t, context = small_inputs()
     with torch.no_grad():
