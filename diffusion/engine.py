@@ -1,11 +1,11 @@
 """The sampling engine: many samples under way, each with its own step, stage and identity, in one network batch.
 
-Every sample is a small state machine. A pass takes the samples that fit its rows, oldest first; a sample that has not
-switched takes one row, one with guidance or injection two or three, in the same pass. Where a sample ends, the next job
-takes its place, so that no row idles until the work runs out. With a fixed number of rows a pass always has the same
-shape, short ones are filled up, and on a CPU each runs on one thread, as many passes side by side as there are threads:
-then what a row gives does not depend on its neighbours, its place or the machine's cores, and a sample's x_0 is a
-function of its job alone. (Kernels round differently at other batch sizes: another number of rows agrees to 1e-5.)
+Every sample is a small state machine. A pass takes the samples that fit its rows, least advanced first; a sample that
+has not switched takes one row, one with guidance or injection two or three, in the same pass. Where a sample ends, the
+next job takes its place, so that no row idles until the work runs out. With a fixed number of rows a pass always has
+the same shape, short ones are filled up, and on a CPU each runs on one thread, as many passes side by side as there are
+threads: then what a row gives does not depend on its neighbours, its place or the machine's cores, and a sample's x_0
+is a function of its job alone. (Kernels round differently at other batch sizes: another number of rows agrees to 1e-5.)
 
 Legend: n samples of a pass, R its rows, C channels, H W height and width, D context width, S side of h.
 """
@@ -193,7 +193,8 @@ class Engine:
         return self.lanes.submit(self._advance, work)
 
     def _choose(self, under_way: list[Trajectory], busy: set[int], waiting: Iterator[Start]) -> _Pass:
-        """Fill a pass: samples under way that are in no other, oldest first; then new ones, which join `under_way`."""
+        """Fill a pass: samples under way that are in no other, those with most steps to go first, so that all come to
+        their end together and the last passes are full, too; then new ones, which join `under_way`."""
         work, room = _Pass(), math.inf if self.compute_batch is None else self.compute_batch
 
         def place(sample: Trajectory) -> bool:
@@ -203,11 +204,11 @@ class Engine:
                 work.add(sample, evaluation)
             return fits
 
-        # A new sample that needs more rows than are left comes first next time; one of them is enough
+        # A new sample that needs more rows than were left has not begun; one of them is enough
         is_full = False
-        for sample in under_way:
-            if id(sample) not in busy:
-                is_full |= not place(sample) and sample.step == 0
+        idle = [sample for sample in under_way if id(sample) not in busy]
+        for sample in sorted(idle, key=lambda sample: (sample.step == 0, sample.step)):
+            is_full |= not place(sample) and sample.step == 0
         while not is_full and work.rows < room and (self.max_samples is None or len(under_way) < self.max_samples):
             start = next(waiting, None)
             if start is None:
