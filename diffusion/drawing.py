@@ -55,7 +55,7 @@ class DrawingSettings:
 
     compute_batch: int = COMPUTE_BATCH  # rows of every network pass; the decoder takes a quarter of it at a time
     lanes: int | None = None  # passes side by side; None: one for each CPU thread, one on a GPU; changes no image
-    max_samples: int | None = None  # under way at a time; None: as many as the rows can take
+    max_samples: int | None = None  # under way at a time; None: as many as find room
     precision: str = "fp32"  # fp32, bf16, fp16
     compile: bool = False  # the network, with torch.compile: minutes at the start of a long run
     winograd: bool | None = None  # convolutions by tiles, as in models.cpu_convolutions; None: on a CPU in fp32

@@ -1,8 +1,8 @@
 """The sampling engine: many samples under way, each with its own step, stage and identity, in one network batch.
 
-Every sample is a small state machine. A pass takes the samples that fit its rows, least advanced first; a sample that
-has not switched takes one row, one with guidance or injection two or three, in the same pass. Where a sample ends, the
-next job takes its place, so that no row idles until the work runs out. With a fixed number of rows a pass always has
+Every sample is a small state machine. A pass takes the samples that fit its rows, oldest first; a sample that has not
+switched takes one row, one with guidance or injection two or three, in the same pass. Where a sample ends, the next job
+takes its place, so that hardly a row idles until the work runs out. With a fixed number of rows a pass always has
 the same shape, short ones are filled up, and on a CPU each runs on one thread, as many passes side by side as there are
 threads: then what a row gives does not depend on its neighbours, its place or the machine's cores, and a sample's x_0
 is a function of its job alone. (Kernels round differently at other batch sizes: another number of rows agrees to 1e-5.)
@@ -99,6 +99,18 @@ class _Pass:
         self.rows += len(evaluation.branches)
 
 
+class _Feed:
+    """What is still to draw; `is_empty` once it has been seen to end."""
+
+    def __init__(self, starts: Iterable[Start]) -> None:
+        self._waiting, self.is_empty = iter(starts), False
+
+    def take(self) -> Start | None:
+        start = None if self.is_empty else next(self._waiting, None)
+        self.is_empty = start is None
+        return start
+
+
 class Engine:
     """Draws samples with one network, rule and solver."""
 
@@ -120,7 +132,8 @@ class Engine:
 
         compute_batch: rows R of every pass; None: as many as the samples under way ask for, all in one pass, on the
         calling thread. lanes: passes side by side; None: one for each CPU thread, one on a GPU.
-        max_samples: under way at a time; None: all (with a compute_batch: all that its rows can take).
+        max_samples: under way at a time, besides what has ended and is not handed out yet; None: all (with a
+        compute_batch: all that find room in its rows).
         precision: None leaves autocast to the caller; bf16 and fp16 cast the weights of `unet` for good, once.
         compile: with torch.compile, for long runs; needs a compute_batch. callback: sees every pass; for samples that
         all stand at the same step, so without a compute_batch only. observer: sees every step of every sample, in the
@@ -155,19 +168,19 @@ class Engine:
     def run(self, starts: Iterable[Start]) -> Iterator[Trajectory]:
         """Draw all of `starts`, which are pulled when there is room for one; yields them as they end.
 
-        No lane waits for another: each takes its next pass from the samples that are in none.
+        No lane waits for another: each takes its next pass from the samples that are in none. What `starts` raises is
+        raised here, after the samples that have ended.
         """
-        waiting, under_way, ended = iter(starts), [], []
+        feed, under_way, ended = _Feed(starts), [], []
         computing: dict[Future[None], _Pass] = {}
         try:
             while True:
-                while len(computing) < self.lanes.count:
-                    busy = {id(sample) for work in computing.values() for sample in work.samples}
-                    work = self._choose(under_way, busy, waiting)
-                    if not work.samples:
-                        break
-                    computing[self._begin(work)] = work
-                yield from ended  # while the lanes compute
+                try:
+                    self._occupy_lanes(computing, under_way, feed)
+                except Exception:
+                    yield from ended
+                    raise
+                yield from ended  # while lanes of their own compute
                 if not computing:
                     return
                 done = wait(computing, return_when=FIRST_COMPLETED).done
@@ -179,22 +192,30 @@ class Engine:
         finally:
             wait(computing)  # of a run that is given up
 
-    def _begin(self, work: _Pass) -> "Future[None]":
-        self.counts.passes += 1
-        self.counts.rows += work.rows
-        if self.compute_batch is not None:
-            self.counts.padding += self.compute_batch - work.rows
-        if self._is_cold:
+    def _occupy_lanes(self, computing: "dict[Future[None], _Pass]", under_way: list[Trajectory], feed: "_Feed") -> None:
+        """Begin a pass in every lane that has none, as far as there are samples."""
+        while len(computing) < self.lanes.count:
+            busy = {id(sample) for work in computing.values() for sample in work.samples}
+            work = self._choose(under_way, busy, feed)
+            if not work.samples:
+                return
+            self.counts.passes += 1
+            self.counts.rows += work.rows
+            if self.compute_batch is not None:
+                self.counts.padding += self.compute_batch - work.rows
             began = time.perf_counter()
             future = self.lanes.submit(self._advance, work)
-            wait([future])
-            self.counts.compile_seconds, self._is_cold = time.perf_counter() - began, False
-            return future
-        return self.lanes.submit(self._advance, work)
+            computing[future] = work
+            if self._is_cold:
+                wait([future])
+                self.counts.compile_seconds, self._is_cold = time.perf_counter() - began, False
 
-    def _choose(self, under_way: list[Trajectory], busy: set[int], waiting: Iterator[Start]) -> _Pass:
-        """Fill a pass: samples under way that are in no other, those with most steps to go first, so that all come to
-        their end together and the last passes are full, too; then new ones, which join `under_way`."""
+    def _choose(self, under_way: list[Trajectory], busy: set[int], feed: "_Feed") -> _Pass:
+        """Fill a pass: samples under way that are in no other, then new ones, which join `under_way`.
+
+        The oldest come first, so that images come steadily, and stages mix; once no new ones can come, the least
+        advanced, so that all end together and the last passes are full, too.
+        """
         work, room = _Pass(), math.inf if self.compute_batch is None else self.compute_batch
 
         def place(sample: Trajectory) -> bool:
@@ -207,10 +228,10 @@ class Engine:
         # A new sample that needs more rows than were left has not begun; one of them is enough
         is_full = False
         idle = [sample for sample in under_way if id(sample) not in busy]
-        for sample in sorted(idle, key=lambda sample: (sample.step == 0, sample.step)):
+        for sample in sorted(idle, key=lambda sample: sample.step) if feed.is_empty else idle:
             is_full |= not place(sample) and sample.step == 0
         while not is_full and work.rows < room and (self.max_samples is None or len(under_way) < self.max_samples):
-            start = next(waiting, None)
+            start = feed.take()
             if start is None:
                 break
             progress = Progress(start.context is not None, start.negative is not None, start.threshold)
@@ -219,7 +240,7 @@ class Engine:
         return work
 
     def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """In a lane: small products, too, round differently on several threads."""
+        """As a pass is computed: small products, too, round differently on several threads."""
         return self.lanes.submit(function, *arguments).result()
 
     @torch.no_grad()

@@ -62,8 +62,8 @@ def draw_data_set(
 
     `source`: paths, kept in dataset.json for the record. Run by every process of a torchrun; they must see the same
     folder. Raises UserError before work where the folder holds images of other settings or another run works in it,
-    and where the disk takes no more. SIGTERM ends the process with status 143 as soon as it comes; what is drawn is
-    kept.
+    and where the disk takes no more. SIGTERM ends the process with status 143 after the passes under way; what is
+    drawn is kept.
     """
     check_negative(cfg.negative, generator.unet, sampler, identities)
     device = distributed.device(cfg.device)

@@ -17,6 +17,7 @@ from diffusion.training_settings import TrainingSettings
 from utils import distributed
 from utils.data.face_dataset import FaceDataset
 from utils.data.step_sampler import StepSampler
+from utils.interruption import leave_stopping_to_the_parent
 from utils.precision import autocast
 
 
@@ -103,6 +104,7 @@ def _inputs(
         num_workers=cfg.num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=cfg.num_workers > 0,
+        worker_init_fn=leave_stopping_to_the_parent,
     )
     for images, indices in loader:
         with torch.no_grad(), autocast(device, cfg.precision):

@@ -2,15 +2,21 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from utils.config import UserError
 from utils.data.batch_ring import AHEAD, SLOTS, batches_from_workers
+from utils.images import write_image
+from utils.interruption import STATUS
 
 SHAPE = (3, 4, 4, 3)
 
@@ -51,3 +57,31 @@ def test_a_worker_that_dies_ends_the_loader() -> None:
     made: Iterator = batches_from_workers(die, range(9), SHAPE, workers=1)
     with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal"):
         list(made)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_whole_group_saves_all_the_same(tmp_path: Path) -> None:
+    """As `timeout` sends it: the workers get it, too."""
+    for k in range(4):
+        for n in range(8):
+            pixels = np.random.default_rng(8 * k + n).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            write_image(tmp_path / "people" / str(k) / f"{n}.png", pixels)
+    arguments = [f"dataset.root={tmp_path / 'people'}", f"output_dir={tmp_path / 'run'}", "check.enabled=false"]
+    arguments += ["backbone=ir_18", "backbone.input_size=32", "backbone.width=0.125", "backbone.num_features=16"]
+    arguments += ["training.num_workers=2", "training.batch_size=8", "training.epochs=500", "training.device=cpu"]
+    arguments += ["training.steps_between_logging=1", "training.steps_between_checkpoints=1000"]
+    log = tmp_path / "log.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "recognition.train", *arguments],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == STATUS, log.read_text()[-2000:]
+    assert "SIGTERM: saved step" in log.read_text()

@@ -233,6 +233,33 @@ def test_at_most_one_sample_waits_for_room(small, starts):
     assert len(pulled) == 6 * N and most <= 3 + 2  # two end in a pass, and the next are pulled before they come
 
 
+def test_samples_of_three_rows_and_of_one_share_passes(small, starts):
+    """Where all samples went in step, three rows each, two of eight rows would idle in every pass of stage 2."""
+    engine, paddings = make(small, compute_batch=8), []
+
+    def feed() -> Iterator[Start]:
+        for k in range(8):
+            for start in starts:
+                paddings.append(engine.counts.padding)
+                yield Start(100 * k + start.key, start.x_T, start.context, start.context.flip(0), None, start.threshold)
+
+    ended = [len(paddings) for _ in engine.run(feed())]
+    assert len(ended) == 8 * N and ended[0] < 3 * N  # images come long before all is pulled
+    assert max(paddings) < 0.02 * engine.counts.rows
+
+
+def test_what_the_feed_raises_loses_no_sample_that_ended(small, starts):
+    def feed() -> Iterator[Start]:
+        yield from starts[:2]
+        raise OSError("the store is gone")
+
+    drawn = []
+    with pytest.raises(OSError, match="the store is gone"):
+        for sample in make(small, compute_batch=3, max_samples=2).run(feed()):
+            drawn.append(sample)
+    assert len(drawn) >= 1
+
+
 def test_no_lane_waits_for_another(small, starts):
     """A pass that takes as long as all the others together holds up its own samples alone."""
     engine, reference = make(small, compute_batch=4, lanes=2), draw(make(small, compute_batch=4), starts)

@@ -59,7 +59,7 @@ def test_pixels_do_not_depend_on_who_inflates(size: tuple[int, int], monkeypatch
     data = encoded(photograph(*size), "PNG")
     pixels = decode_plain(data)
     assert np.array_equal(pixels, np.asarray(photograph(*size)))
-    monkeypatch.setattr(fast_decode, "isal_zlib", None)
+    monkeypatch.setattr(fast_decode, "inflater", zlib)
     assert np.array_equal(decode_plain(data), pixels)
 
 
@@ -74,6 +74,61 @@ def test_a_stream_of_another_length_is_left_to_pillow(length: int) -> None:
     assert decode_plain(data[:33] + chunk + data[-12:]) is None
     assert tracemalloc.get_traced_memory()[1] < 10**6  # nobody inflates more than the header promises
     tracemalloc.stop()
+
+
+def chunks(png: bytes) -> dict[bytes, bytes]:
+    """The chunks of a PNG by name, whole."""
+    found, position = {}, 8
+    while position < len(png):
+        length, name = struct.unpack_from(">I4s", png, position)
+        found[name] = png[position : position + 12 + length]
+        position += 12 + length
+    return found
+
+
+def chunk(name: bytes, payload: bytes) -> bytes:
+    return struct.pack(">I", len(payload)) + name + payload + struct.pack(">I", zlib.crc32(name + payload))
+
+
+@pytest.mark.parametrize("with_isal", [True, False])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "IHDR other IDAT IEND",
+        "IHDR IHDR IDAT IEND",
+        "IHDR IEND IDAT IEND",
+        "IHDR first time rest IEND",
+        "IHDR IDAT IEND more",
+        "IHDR gamma IDAT IEND",
+        "IHDR profile IDAT IEND",
+        "IHDR changed IEND",
+        "IHDR time IDAT",
+    ],
+)
+def test_a_png_of_another_order_is_left_to_pillow(order: str, with_isal: bool, monkeypatch) -> None:
+    pytest.importorskip("simplejpeg")
+    if not with_isal:
+        monkeypatch.setattr(fast_decode, "inflater", zlib)
+        monkeypatch.setattr(fast_decode, "DAMAGE", (*fast_decode.DAMAGE, zlib.error))
+    data = encoded(photograph(), "PNG")
+    parts = {name.decode(): part for name, part in chunks(data).items()}
+    stream = parts["IDAT"][8:-4]
+    parts |= {
+        "other": chunk(b"IHDR", struct.pack(">II", 5, 5) + b"\x08\x02\0\0\0"),
+        "first": chunk(b"IDAT", stream[:50]),
+        "rest": chunk(b"IDAT", stream[50:]),
+        "time": chunk(b"tIME", bytes(7)),
+        "more": chunk(b"IEND", b""),
+        "gamma": chunk(b"gAMA", b""),
+        "profile": chunk(b"iCCP", b"name\0\0" + zlib.compress(bytes(100))),
+        "changed": chunk(b"IDAT", stream[:-1] + bytes([stream[-1] ^ 1])),  # the stream's own checksum
+    }
+
+    def made(order: str) -> bytes:
+        return data[:8] + b"".join(parts[name] for name in order.split())
+
+    assert decode_plain(made(order)) is None
+    assert np.array_equal(decode_plain(made("IHDR time first rest IEND")), np.asarray(photograph()))
 
 
 def test_a_grey_jpeg_becomes_rgb() -> None:

@@ -65,6 +65,14 @@ class StopRequest:
         sys.exit(STATUS)
 
 
+def leave_stopping_to_the_parent(worker: int) -> None:
+    """`worker_init_fn` of a DataLoader: SIGTERM to a whole process group (`timeout`, Slurm) is the parent's to answer.
+
+    A worker that died of it would end the parent before it has saved. Workers end with their parent, however it ends.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Stopped(BaseException):
     """SIGTERM has come; see `stoppable`."""
 

@@ -16,6 +16,7 @@ from utils.config import UserError, existing_folder
 from utils.data.face_dataset import read_identity_list
 from utils.data.step_sampler import StepSampler
 from utils.images import list_images, load_images
+from utils.interruption import leave_stopping_to_the_parent
 from utils.logging import get_logger
 
 log = get_logger(__name__)
@@ -112,4 +113,5 @@ def training_batches(images: Images, sampler: StepSampler, num_workers: int, dev
         collate_fn=_as_it_is,
         num_workers=0 if images.pixels is not None else num_workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_stopping_to_the_parent,
     )

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from utils.interruption import leave_stopping_to_the_parent
+
 Request = TypeVar("Request")
-AHEAD = 4  # batches that a worker makes before they are asked for
-# One more is handed over while this process still copies it, and one more is being written
-SLOTS = AHEAD + 2
+AHEAD = 4  # batches of a worker that are asked for and not yet taken
+SLOTS = AHEAD + 1  # the next one is asked for before the one that is taken has been copied
 
 
 class _Ring(Dataset):
@@ -55,7 +56,8 @@ def batches_from_workers(
         pin_memory: give page-locked memory, from which a GPU copies without waiting.
 
     Raises:
-        UserError: as `make` does; RuntimeError where a worker dies.
+        UserError: as `make` does, from `next`, with torch's account of the worker around its text; RuntimeError, in
+            the midst of anything, where a worker dies: torch watches over them.
     """
     ring = _Ring(make, shape, workers)
     loader = DataLoader(
@@ -66,11 +68,17 @@ def batches_from_workers(
         prefetch_factor=AHEAD,
         collate_fn=_as_it_is,
         multiprocessing_context="fork",
+        worker_init_fn=leave_stopping_to_the_parent,
     )
-    for worker, slot, labels in loader:
-        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+    return _taken(iter(loader), ring, pin_memory)  # the workers begin here, not when the first batch is asked for
+
+
+def _taken(made: Iterator[tuple[int, int, np.ndarray]], ring: _Ring, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    for worker, slot, labels in made:
+        pixels = torch.empty(ring.pixels.shape[2:], dtype=torch.uint8, pin_memory=pin)
         pixels.copy_(torch.from_numpy(ring.pixels[worker, slot]))
-        yield pixels, torch.from_numpy(labels)
+        targets = torch.from_numpy(labels)
+        yield pixels, targets.pin_memory() if pin else targets
 
 
 def _as_it_is(sample: Any) -> Any:
