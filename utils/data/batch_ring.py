@@ -24,7 +24,7 @@ SLOTS = AHEAD + 1  # the next one is asked for before the one that is taken has 
 class _Ring(Dataset):
     """The workers' side: every batch goes into the next slot of the worker's own, of which only the number is sent."""
 
-    def __init__(self, make: Callable[[Any, np.ndarray], Tensor], shape: tuple[int, ...], workers: int) -> None:
+    def __init__(self, make: Callable[[Any, np.ndarray], np.ndarray], shape: tuple[int, ...], workers: int) -> None:
         # Shared by fork, without a name: /dev/shm, which is small in a container, has no part in it
         memory = mmap.mmap(-1, max(1, workers * SLOTS * int(np.prod(shape))))
         self.pixels = np.frombuffer(memory, np.uint8).reshape(workers, SLOTS, *shape)
