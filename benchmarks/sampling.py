@@ -8,7 +8,7 @@ compiled, in bf16, and with 20 steps of DPM-Solver++(2M); it goes on with the ne
 Weights are random, so that no layout ever settles by itself; each sample gets a threshold of its own, chosen from a
 pass without switches, with which the switches are spread evenly over stage 1. Each variant runs in a process of its
 own, so that peak memory is its own: above the weights as they are loaded. What a compiled network packs a second time,
-or what the transformed filters of models.cpu_convolutions take more, is counted.
+or what Winograd's transformed filters take more, is counted.
 
     python -m benchmarks.sampling                             # the published network, 216 M weights, batch 8
     python -m benchmarks.sampling --size demo                 # make demo's network
@@ -38,8 +38,8 @@ from diffusion.engine import Engine, Start
 from diffusion.rules import rescaled_threshold
 from diffusion.samplers import TwoStage
 from diffusion.schedule import NoiseSchedule
-from models.cpu_convolutions import use_products
-from models.diffusion.attention import Attention, CrossAttentionBlock
+from models.cpu.products import use_products
+from models.diffusion.attention import Attention, CrossAttentionBlock, Projection
 from models.diffusion.blocks import Downsample, Upsample
 from models.diffusion.unet import ConditionalUNet
 
@@ -61,9 +61,12 @@ SIZES: dict[str, dict[str, Any]] = {
 FAST = {"solver": "dpm_solver_2m", "num_steps": 20}
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
-    "fp32": {"precision": "fp32", "winograd": True},
-    "fp32-16-rows": {"precision": "fp32", "winograd": True, "compute_batch": 16},
-    "fp32-20-steps": {"precision": "fp32", "winograd": True, **FAST},
+    "fp32": {"precision": "fp32", "products": "winograd"},
+    "fp32-16-rows": {"precision": "fp32", "products": "winograd", "compute_batch": 16},
+    "fp32-20-steps": {"precision": "fp32", "products": "winograd", **FAST},
+    "fp32-high": {"precision": "fp32", "products": "split"},
+    "fp32-high-16-rows": {"precision": "fp32", "products": "split", "compute_batch": 16},
+    "fp32-high-16-rows-20-steps": {"precision": "fp32", "products": "split", "compute_batch": 16, **FAST},
     "fp32-direct": {"precision": "fp32"},
     "fp32-direct-small": {"precision": "fp32", "compute_batch": 6},
     "fp32-direct-compiled": {"precision": "fp32", "compile": True},
@@ -105,10 +108,13 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """x (B, C, N) to tokens (B, D, keys): what comes out, and the map, for which the logits are computed again."""
 
+    def conv(layer: Projection, x: Tensor) -> Tensor:
+        return F.conv1d(x, layer.weight, layer.bias)
+
     def heads(projected: Tensor) -> Tensor:
         return projected.unflatten(1, (attention.heads, -1)).transpose(2, 3)  # (B, heads, N or keys, d)
 
-    q, k, v = heads(attention.to_q(x)), heads(attention.to_k(tokens)), heads(attention.to_v(tokens))
+    q, k, v = heads(conv(attention.to_q, x)), heads(conv(attention.to_k, tokens)), heads(conv(attention.to_v, tokens))
     scale = q.shape[-1] ** -0.25
 
     def logits() -> Tensor:
@@ -121,7 +127,7 @@ def attend(
         mean, std = attention_map.mean(-1, keepdim=True), attention_map.std(-1, keepdim=True)
         other_mean, other_std = injected.mean(-1, keepdim=True), injected.std(-1, keepdim=True)
         attention_map = (attention_map - mean) / std * (other_std + std) / 2 + (other_mean + mean) / 2
-    out = attention.proj_out((attention_map.softmax(-1) @ v).transpose(2, 3).flatten(1, 2))  # (B, C, N)
+    out = conv(attention.proj_out, (attention_map.softmax(-1) @ v).transpose(2, 3).flatten(1, 2))  # (B, C, N)
     return out, attention_map if injected is not None else logits()
 
 
@@ -290,7 +296,7 @@ def run_ours(
     """All images, one after the other through the engine."""
     variant = dict(variant)
     precision, compiled = variant.pop("precision"), variant.pop("compile", False)
-    winograd, compute_batch = variant.pop("winograd", False), variant.pop("compute_batch", size["batch"])
+    products, compute_batch = variant.pop("products", "unfolded"), variant.pop("compute_batch", size["batch"])
     num_steps = variant.get("num_steps", NUM_STEPS)
     rule, solver = TwoStage(**{"num_steps": NUM_STEPS, "min_t": MIN_T, "guidance_scale": SCALE, **variant}).parts(
         NoiseSchedule()
@@ -301,7 +307,7 @@ def run_ours(
     gc.collect()
     memory = PeakMemory()
     weights = memory.now()
-    use_products(unet, winograd=winograd)
+    use_products(unet, products, keep=unet.time_layers())
     engine = Engine(unet, rule, solver, compute_batch=compute_batch, precision=precision, compile=compiled)
     gc.collect()
     memory.reset()  # what making them took is over

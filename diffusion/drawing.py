@@ -17,16 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.drawing_settings import DrawingSettings
 from diffusion.engine import Engine, Observer, Start, Trajectory
 from diffusion.generator import FaceGenerator
 from diffusion.samplers import Sampler, TwoStage
-from models.cpu_convolutions import use_products
+from models.cpu.products import use_products
 from utils.config import UserError
 from utils.images import resize, to_uint8
 from utils.precision import DTYPES, autocast, cast_products
-
-COMPUTE_BATCH = 8  # rows of a network pass
-MIN_COMPUTE_BATCH = 4  # a guided sample takes up to three, and the decoder takes a quarter
 
 
 @dataclass
@@ -49,18 +47,6 @@ class Drawn:
     d: list[float] | None = None  # (S - 1,) change of the attention map in the S steps of stage 1; None: no stages
 
 
-@dataclass
-class DrawingSettings:
-    """How images are computed. All but lanes and max_samples change their rounding."""
-
-    compute_batch: int = COMPUTE_BATCH  # rows of every network pass; the decoder takes a quarter of it at a time
-    lanes: int | None = None  # passes side by side; None: one for each CPU thread, one on a GPU; changes no image
-    max_samples: int | None = None  # under way at a time; None: as many as find room
-    precision: str = "fp32"  # fp32, bf16, fp16
-    compile: bool = False  # the network, with torch.compile: minutes at the start of a long run
-    winograd: bool | None = None  # convolutions by tiles, as in models.cpu_convolutions; None: on a CPU in fp32
-
-
 class FaceDrawer:
     """Draws images with one generator and one sampler."""
 
@@ -81,10 +67,12 @@ class FaceDrawer:
         self.device = next(generator.unet.parameters()).device
         decoder = generator.first_stage.decoder
         on_cpu = self.device.type == "cpu"
-        winograd = on_cpu and settings.precision == "fp32" if settings.winograd is None else settings.winograd
-        if on_cpu or winograd:
+        products = settings.products(on_cpu)
+        if products is not None:
             for network in (generator.unet, *([] if decoder is None else [decoder])):
-                use_products(network, winograd=winograd)
+                use_products(network, products, keep=generator.unet.time_layers())
+        if not on_cpu:
+            torch.set_float32_matmul_precision(settings.float32_matmul_precision)
         self.decoder_batch = max(1, settings.compute_batch // 4)  # images take more memory than latents
         self.engine = Engine(
             generator.unet,
@@ -169,9 +157,3 @@ class FaceDrawer:
         if self.has_stages:
             told = {"switch_t": trajectory.progress.switch_t, "d": trajectory.progress.d}
         return Drawn(trajectory.start.key, image, **told)
-
-
-def check_compute_batch(compute_batch: int) -> None:
-    """Raise UserError for a number of rows that cannot hold a sample."""
-    if compute_batch < MIN_COMPUTE_BATCH:
-        raise UserError(f"sampling.compute_batch: {compute_batch}; give at least {MIN_COMPUTE_BATCH}")

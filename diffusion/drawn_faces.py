@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from diffusion.drawing import DrawingSettings, FaceDrawer, Job
+from diffusion.drawing import FaceDrawer, Job
+from diffusion.drawing_settings import DrawingSettings
 from diffusion.generator import CheckpointChoice, FaceGenerator
 from diffusion.samplers import Sampler
 from diffusion.sampling_run import image_seed

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffusion.calibration import CalibrationSettings
-from diffusion.drawing import COMPUTE_BATCH, DrawingSettings, check_compute_batch
+from diffusion.drawing_settings import COMPUTE_BATCH, DrawingSettings
 from diffusion.generator import FaceGenerator
 from diffusion.identities import Identities
 from diffusion.layouts import Shards, check_layout
@@ -19,7 +19,6 @@ from diffusion.samplers import Sampler, TwoStage, check_network
 from diffusion.solvers import ddim_timesteps
 from utils.config import UserError
 from utils.logging import get_logger
-from utils.precision import check_precision
 
 log = get_logger(__name__)
 
@@ -39,7 +38,8 @@ class SamplingSettings:
     batch_size: int = 64  # images that a process has under way, at most
     compute_batch: int = COMPUTE_BATCH  # rows of every network pass
     compile: bool = False  # the network, with torch.compile
-    winograd: bool | None = None  # convolutions with fewer multiplications; null: on a CPU in fp32
+    winograd: bool | None = None  # convolutions with fewer multiplications; null: on a CPU in fp32, highest
+    float32_matmul_precision: str = "highest"  # highest, high
     seed: int = 0
     save_mode: str = "folders"  # folders: <identity>/<k>.png; blocks: <identity>.png; shards: WebDataset
     image_format: str = "png"  # png, jpg, webp
@@ -58,7 +58,14 @@ class SamplingSettings:
 
 def drawing_settings(cfg: SamplingSettings) -> DrawingSettings:
     """How the images of a data set are computed."""
-    return DrawingSettings(cfg.compute_batch, None, cfg.batch_size, cfg.precision, cfg.compile, cfg.winograd)
+    return DrawingSettings(
+        compute_batch=cfg.compute_batch,
+        max_samples=cfg.batch_size,
+        precision=cfg.precision,
+        compile=cfg.compile,
+        winograd=cfg.winograd,
+        float32_matmul_precision=cfg.float32_matmul_precision,
+    )
 
 
 def series_timesteps(generator: FaceGenerator, sampler: TwoStage) -> list[int]:
@@ -77,11 +84,8 @@ def check_settings(generator: FaceGenerator, sampler: Sampler, cfg: SamplingSett
     ):
         if value is not None and value < 1:
             raise UserError(f"sampling.{key}: {value}; give at least 1")
-    check_precision(cfg.precision, "sampling.precision")
-    if cfg.winograd and cfg.precision != "fp32":
-        raise UserError(f"sampling.winograd: true, but sampling.precision is {cfg.precision}; its sums need fp32")
+    drawing_settings(cfg).check(next(generator.unet.parameters()).device, "sampling")
     check_perturbation(cfg.perturbation, generator.unet)
-    check_compute_batch(cfg.compute_batch)
     check_layout(cfg.save_mode, cfg.image_format, cfg.image_quality, cfg.images_per_shard)
     check_sampler(generator, sampler)
     if not isinstance(sampler, TwoStage) or sampler.threshold != AUTO:
@@ -147,6 +151,7 @@ def fixed_settings(
         "sampling.compute_batch": cfg.compute_batch,
         "sampling.compile": cfg.compile,
         "sampling.winograd": cfg.winograd,
+        "sampling.float32_matmul_precision": cfg.float32_matmul_precision,
         "sampling.perturbation.lower_bound": cfg.perturbation.lower_bound,
         "sampling.negative.choice": cfg.negative.choice,
     }

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.drawing import DrawingSettings, FaceDrawer, Job
+from diffusion.drawing import FaceDrawer, Job
+from diffusion.drawing_settings import DrawingSettings
 from diffusion.engine import Engine, Start, Trajectory
 from diffusion.generator import FaceGenerator, FirstStage
 from diffusion.rules import Branch, OneStage, Progress, TwoStage, guide, rescaled_threshold
@@ -16,13 +17,16 @@ from diffusion.samplers import TwoStage as TwoStageSampler
 from diffusion.samplers import sample_ddim, sample_two_stage
 from diffusion.schedule import NoiseSchedule
 from diffusion.solvers import ddim, dpm_solver_2m
-from models import cpu_convolutions
 from models.autoencoder.vqgan import VQDecoder
-from models.cpu_convolutions import WinogradConv2d, use_products
+from models.cpu import convolutions
+from models.cpu.convolutions import WinogradConv2d
+from models.cpu.products import use_products
+from models.cpu.split_products import SplitFilters
 from models.diffusion.attention import AttentionControl
 from tests import test_samplers
 from tests.compat import fill_deterministic, relative_error
 from tests.test_sample import DDCONFIG
+from tests.test_split_products import needs_amx
 from utils.config import UserError
 
 small = test_samplers.small  # the fixture: a network, noise, contexts, a schedule
@@ -136,8 +140,8 @@ def test_compiled_in_one_graph(monkeypatch, small, starts):
     monkeypatch.setattr(torch, "compile", traced)
     plain = draw(make(small, compute_batch=6), starts)
     unet = copy.deepcopy(small[0])
-    monkeypatch.setattr(cpu_convolutions, "MIN_CHANNELS", 32)
-    use_products(unet, winograd=True)
+    monkeypatch.setattr(convolutions, "MIN_CHANNELS", 32)
+    use_products(unet, "winograd")
     engine = make((unet, *small[1:]), compute_batch=6, compile=True)
     compiled = draw(engine, starts)
     assert engine.counts.compile_seconds > 0
@@ -406,21 +410,26 @@ def test_threshold_of_another_number_of_steps(small):
 
 @pytest.fixture
 def generator(small, monkeypatch) -> FaceGenerator:
-    monkeypatch.setattr(cpu_convolutions, "MIN_CHANNELS", 32)
+    monkeypatch.setattr(convolutions, "MIN_CHANNELS", 32)
     decoder = fill_deterministic(VQDecoder(DDCONFIG, n_embed=32))
     unet = copy.deepcopy(small[0])  # a drawer changes it
     return FaceGenerator(unet, small[3], FirstStage(decoder=decoder), (3, 8, 8), 2.0, 0, False, "")
 
 
-@pytest.mark.parametrize(("image_size", "threads"), [(None, 1), (12, 2)])
-def test_images_are_byte_identical_in_any_order(generator, image_size, threads):
+@pytest.mark.parametrize(
+    ("image_size", "threads", "products"),
+    [(None, 1, "highest"), (12, 2, "highest"), pytest.param(None, 2, "high", marks=needs_amx)],
+)
+def test_images_are_byte_identical_in_any_order(generator, image_size, threads, products):
     contexts = torch.nn.functional.normalize(torch.randn(9, 8, generator=torch.Generator().manual_seed(2)))
     jobs = [Job(k, 50 + k, contexts[k], contexts[k - 1]) for k in range(9)]
     sampler = TwoStageSampler(threshold=0.05, num_steps=5, min_t=50, eta=0.3)
 
     def images(jobs: list[Job], max_samples: int | None) -> dict[int, np.ndarray]:
-        settings = DrawingSettings(compute_batch=8, max_samples=max_samples)
+        settings = DrawingSettings(compute_batch=8, max_samples=max_samples, float32_matmul_precision=products)
         drawer = FaceDrawer(generator, sampler, settings, image_size=image_size)
+        kinds = {type(layer) for layer in (*generator.unet.modules(), *generator.first_stage.decoder.modules())}
+        assert (SplitFilters in kinds) == (products == "high")
         return {drawn.key: drawn.image for drawn in drawer.draw(iter(jobs))}
 
     reference = images(jobs, None)

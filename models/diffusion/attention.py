@@ -46,30 +46,41 @@ def blend_maps(maps: Tensor, source: Tensor) -> Tensor:
     return torch.addcmul((mean[source] + mean) / 2, centred, (std[source] + std) / (2 * std))
 
 
+class Projection(nn.Conv1d):
+    """A linear layer of tokens, stored as a 1x1 convolution, as published."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__(channels, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, C) -> (B, N, outputs)."""
+        return F.linear(x, self.weight.squeeze(-1), self.bias)
+
+
 class Attention(nn.Module):
-    """Multi-head attention over tokens (B, N, C), with the projections stored as 1x1 convolutions, as published."""
+    """Multi-head attention over tokens (B, N, C)."""
 
     def __init__(self, channels: int, context_channels: int, heads: int, head_channels: int) -> None:
         super().__init__()
         self.heads = heads
         inner = heads * head_channels
-        self.to_q = nn.Conv1d(channels, inner, 1)
-        self.to_k = nn.Conv1d(context_channels, inner, 1)
-        self.to_v = nn.Conv1d(context_channels, inner, 1)
-        self.proj_out = nn.Conv1d(inner, channels, 1)
+        self.to_q = Projection(channels, inner)
+        self.to_k = Projection(context_channels, inner)
+        self.to_v = Projection(context_channels, inner)
+        self.proj_out = Projection(inner, channels)
 
     def queries(self, x: Tensor) -> Tensor:
-        return self._split_heads(_linear(x, self.to_q))  # (B, heads, N, d)
+        return self._split_heads(self.to_q(x))  # (B, heads, N, d)
 
     def keys(self, x: Tensor) -> Tensor:
-        return self._split_heads(_linear(x, self.to_k))  # (B, heads, keys, d)
+        return self._split_heads(self.to_k(x))  # (B, heads, keys, d)
 
     def values(self, x: Tensor) -> Tensor:
-        return self._split_heads(_linear(x, self.to_v))  # (B, heads, keys, d)
+        return self._split_heads(self.to_v(x))  # (B, heads, keys, d)
 
     def merge(self, attended: Tensor) -> Tensor:
         """(B, heads, N, d) -> (B, N, C)."""
-        return _linear(attended.transpose(1, 2).flatten(2), self.proj_out)
+        return self.proj_out(attended.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -158,10 +169,6 @@ class CrossAttentionBlock(nn.Module):
         h = h + _to_image(cross_attention(self.cross_attention, _to_tokens(self.x_norm(h)), keys_values, control), h)
         h = h + _to_image(self.ff(_to_tokens(self.x_norm(h))), h)
         return x + self.x_proj_out(h)
-
-
-def _linear(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    return F.linear(x, conv.weight.squeeze(-1), conv.bias)
 
 
 def _to_tokens(x: Tensor) -> Tensor:

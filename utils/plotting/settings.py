@@ -34,6 +34,7 @@ SAMPLING_KEYS = (
     "image_size",
     "precision",
     "winograd",
+    "float32_matmul_precision",
     "device",
     "sample_config",
     "calibration",

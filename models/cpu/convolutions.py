@@ -131,20 +131,7 @@ def is_plain(conv: nn.Module, side: int) -> bool:
     )
 
 
-def use_products(network: nn.Module, *, winograd: bool) -> None:
-    """Put these convolutions in place of a network's own, for good: it cannot be trained or saved after that.
-
-    winograd: by tiles where that pays; its sums need float32. A network that is changed already stays as it is.
-    """
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if not isinstance(child, UnfoldedConv2d) and (is_plain(child, 1) or is_plain(child, 3)):
-                tile = _tile(child) if winograd else None
-                setattr(parent, name, UnfoldedConv2d(child) if tile is None else WinogradConv2d(child, tile))
-    network.to(memory_format=torch.channels_last)
-
-
-def _tile(conv: nn.Conv2d) -> int | None:
+def tile_of(conv: nn.Conv2d) -> int | None:
     """The largest tile whose transformed filters do not take too much memory; None where tiles do not pay."""
     if not is_plain(conv, 3) or min(conv.in_channels, conv.out_channels) < MIN_CHANNELS:
         return None

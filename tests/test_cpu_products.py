@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import cpu_convolutions
-from models.cpu_convolutions import MAX_BYTES, UnfoldedConv2d, WinogradConv2d, use_products
+from models.cpu import convolutions
+from models.cpu.convolutions import MAX_BYTES, UnfoldedConv2d, WinogradConv2d
+from models.cpu.products import use_products
 from tests.compat import relative_error
 from tests.test_unet import small_inputs, small_unet
 
@@ -58,7 +59,7 @@ def test_unfolding_gives_the_convolution(side, bias, outputs):
 )
 def test_other_convolutions_stay_as_they_are(other):
     network = nn.Sequential(other)
-    use_products(network, winograd=True)
+    use_products(network, "winograd")
     assert network[0] is other
     for build in (lambda: WinogradConv2d(other, 2), lambda: UnfoldedConv2d(other)):
         with pytest.raises(ValueError, match="wanted"):
@@ -69,7 +70,7 @@ def test_tiles_are_as_large_as_memory_allows():
     widths = {4: 96, 2: 512, None: 1024}  # 1, 16 and 64 MiB of transformed filters
     assert 36 * 512**2 * 4 > MAX_BYTES >= 16 * 512**2 * 4 and MAX_BYTES < 16 * 1024**2 * 4
     network = nn.Sequential(*[conv(width, width) for width in widths.values()], conv(3, 64), conv(1024, 32, 1))
-    use_products(network, winograd=True)
+    use_products(network, "winograd")
     tiles = [layer.tile if isinstance(layer, WinogradConv2d) else None for layer in network]
     assert tiles == [*widths, None, None]
     assert [type(layer) for layer in network[2:]] == [UnfoldedConv2d] * 3
@@ -79,7 +80,7 @@ def test_few_images_are_taken_at_a_time(monkeypatch):
     direct, taken = conv(3, 5).double(), []
     x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
     monkeypatch.setattr(
-        cpu_convolutions, "TILES_BYTES", 2 * 4 * 3 * 36 * 8 + 1
+        convolutions, "TILES_BYTES", 2 * 4 * 3 * 36 * 8 + 1
     )  # two images of 4 tiles, 3 channels, float64
     layer = WinogradConv2d(direct, 4)
     convolve = layer._convolve
@@ -89,15 +90,15 @@ def test_few_images_are_taken_at_a_time(monkeypatch):
 
 
 def test_a_network_computes_what_it_did(monkeypatch):
-    monkeypatch.setattr(cpu_convolutions, "MIN_CHANNELS", 32)
+    monkeypatch.setattr(convolutions, "MIN_CHANNELS", 32)
     unet = small_unet().eval()
     x, t, context = small_inputs()
     with torch.no_grad():
         wanted = unet(x, t, context)
-        use_products(unet, winograd=True)
+        use_products(unet, "winograd")
         found = unet(x, t, context)
         layers = list(unet.modules())
-        use_products(unet, winograd=True)
+        use_products(unet, "winograd")
     assert sum(isinstance(layer, WinogradConv2d) for layer in layers) > 10
     assert layers == list(unet.modules()), "once is enough"
     assert 0 < relative_error(found, wanted) < 1e-5

@@ -1,0 +1,40 @@
+"""Which products take the place of a network's layers.
+
+- "unfolded": convolutions as products where images are small.
+- "winograd": and 3x3 ones by tiles where that pays; its sums need float32.
+- "split": convolutions and linear layers in fp32 by products of bf16, on a CPU with AMX.
+"""
+
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+from torch import nn
+
+from models.cpu.convolutions import UnfoldedConv2d, WinogradConv2d, is_plain, tile_of
+from models.cpu.split_products import split_layer
+
+Products = Literal["unfolded", "winograd", "split"]
+
+
+def use_products(network: nn.Module, products: Products, keep: Collection[nn.Module] = ()) -> None:
+    """Put them in place of a network's own layers, for good: it cannot be trained or saved after that.
+
+    The layers in `keep`, and what they are made of, stay as they are.
+    A network that is changed already stays as it is. Raises UserError where this CPU has no split products.
+    """
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if child in keep:
+                continue
+            new = split_layer(child) if products == "split" else _convolution(child, products == "winograd")
+            if new is not None:
+                setattr(parent, name, new)
+    network.to(memory_format=torch.channels_last)
+
+
+def _convolution(layer: nn.Module, winograd: bool) -> nn.Module | None:
+    if isinstance(layer, UnfoldedConv2d) or not (is_plain(layer, 1) or is_plain(layer, 3)):
+        return None
+    tile = tile_of(layer) if winograd else None
+    return UnfoldedConv2d(layer) if tile is None else WinogradConv2d(layer, tile)
