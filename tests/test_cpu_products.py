@@ -1,11 +1,13 @@
 """Convolutions as products of matrices: exact in float64, close in float32, of any size, and where they belong."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.cpu import convolutions
+from models.cpu import convolutions, products
 from models.cpu.convolutions import MAX_BYTES, UnfoldedConv2d, WinogradConv2d
 from models.cpu.products import use_products
 from tests.compat import relative_error
@@ -74,6 +76,15 @@ def test_tiles_are_as_large_as_memory_allows():
     tiles = [layer.tile if isinstance(layer, WinogradConv2d) else None for layer in network]
     assert tiles == [*widths, None, None]
     assert [type(layer) for layer in network[2:]] == [UnfoldedConv2d] * 3
+
+
+def test_layers_are_freed_one_by_one(monkeypatch):
+    network = nn.Sequential(conv(4, 4), nn.Sequential(conv(4, 4), conv(4, 4)), conv(4, 4))
+    layers = [weakref.ref(layer) for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    left = []
+    monkeypatch.setattr(products, "tile_of", lambda _: left.append(sum(layer() is not None for layer in layers)))
+    use_products(network, "winograd")
+    assert left == [4, 3, 2, 1]
 
 
 def test_few_images_are_taken_at_a_time(monkeypatch):

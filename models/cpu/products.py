@@ -20,17 +20,23 @@ Products = Literal["unfolded", "winograd", "split"]
 def use_products(network: nn.Module, products: Products, keep: Collection[nn.Module] = ()) -> None:
     """Put them in place of a network's own layers, for good: it cannot be trained or saved after that.
 
-    The layers in `keep`, and what they are made of, stay as they are.
-    A network that is changed already stays as it is. Raises UserError where this CPU has no split products.
+    The layers in `keep`, and what they are made of, stay as they are, and so does a network that is changed already.
+    Each layer is freed before the next is changed. Raises UserError where this CPU has no split products.
     """
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if child in keep:
-                continue
-            new = split_layer(child) if products == "split" else _convolution(child, products == "winograd")
-            if new is not None:
-                setattr(parent, name, new)
+    _replace(network, products, keep)
     network.to(memory_format=torch.channels_last)
+
+
+def _replace(parent: nn.Module, products: Products, keep: Collection[nn.Module]) -> None:
+    for name in [name for name, _ in parent.named_children()]:  # the names alone: a list of layers would keep them
+        child = getattr(parent, name)
+        if child in keep:
+            continue
+        new = split_layer(child) if products == "split" else _convolution(child, products == "winograd")
+        if new is None:
+            _replace(child, products, keep)
+        else:
+            setattr(parent, name, new)
 
 
 def _convolution(layer: nn.Module, winograd: bool) -> nn.Module | None:
