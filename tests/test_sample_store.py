@@ -24,6 +24,7 @@ from diffusion.sample_writer import SampleWriter
 from tests.conftest import ROOT
 from tests.processes import start_script
 from tests.test_sample import files, manifest, one_thread, overrides, run  # noqa: F401 (fixtures)
+from tests.test_split_products import needs_amx
 from utils import distributed, folder_lock
 from utils.alignment_job import plan
 from utils.config import UserError
@@ -108,6 +109,22 @@ def test_killed_again_and_again_the_bytes_are_the_same(files, tmp_path, layout):
     assert same(killed, whole)
     drawn = [int(number) for number in re.findall(r"images of 4 identities, (\d+) to draw", output.read_text())]
     assert drawn[0] == 48 and drawn == sorted(drawn, reverse=True) and drawn[-1] < 48
+
+
+@needs_amx
+@pytest.mark.slow
+def test_products_of_bf16_give_the_same_bytes_anywhere(files, tmp_path):  # noqa: F811
+    words = (*FAST, "sampling.float32_matmul_precision=high", "sampling.n_samples_per_context=3")
+    run(files, tmp_path / "one/out", *words)
+    processes = start_script(
+        "sample.py", overrides(files, tmp_path / "two/out", *words, "sampling.batch_size=3"), 2, tmp_path / "two.txt"
+    )
+    for process in processes:
+        process.join(LIMIT)
+    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "two.txt").read_text()
+    assert same(tmp_path / "one/out", tmp_path / "two/out")
+    with pytest.raises(UserError, match=r'sampling\.float32_matmul_precision: "highest", before "high"; .*one/out holds'):
+        run(files, tmp_path / "one/out", *FAST, "sampling.n_samples_per_context=3")
 
 
 @pytest.mark.slow
