@@ -60,8 +60,82 @@ void split(const float* from, uint16_t* high, uint16_t* low) {
     _mm512_store_si512(low, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(rest_b, rest_a)));
 }
 
-// C (32 x 32) += A (32 x 32 steps) B^T; C in tiles 0 .. 3, a and b as the packed blocks lie, STEP after STEP
-void multiply(const uint16_t* a, const uint16_t* b, long steps) {
+// What a product reads: images of `height` x `width` pixels of `channels` numbers, pixel after pixel; and where the
+// filters' taps lie: output pixel (i, j) of out_height x out_width multiplies input pixel (stride i + dy, stride j + dx),
+// zero outside of the image. channels and outputs are multiples of 32.
+struct Geometry {
+    long images, height, width, channels, out_height, out_width, outputs, stride, taps;
+    const long *dy, *dx;
+};
+
+// An output pixel: its image, and the input pixel that its filter's middle lies on.
+struct Pixel {
+    long image = 0, i = 0, j = 0;
+
+    void next(const Geometry& g) {
+        j += g.stride;
+        if (j < g.out_width * g.stride) return;
+        j = 0;
+        i += g.stride;
+        if (i < g.out_height * g.stride) return;
+        i = 0;
+        image++;
+    }
+};
+
+// What the filters see, from first_k to end_k, of x around `rows` output pixels from `pixel` on, which is moved on;
+// in two parts, as `multiply` reads it. Rows up to 32 are filled up with zeros.
+void gather(const float* x, const Geometry& g, Pixel& pixel, long rows, long first_k, long end_k, uint16_t* block) {
+    const long first_tap = first_k / g.channels;
+    for (long row = 0; row < 32; row++) {
+        uint16_t* to = block + row / 16 * 2 * TILE + row % 16 * 32;
+        for (long tap = first_tap, k = first_k; k < end_k; tap++) {
+            const long i = pixel.i + g.dy[tap], j = pixel.j + g.dx[tap];
+            const bool is_inside = row < rows && i >= 0 && i < g.height && j >= 0 && j < g.width;
+            const float* from = x + ((pixel.image * g.height + i) * g.width + j - tap) * g.channels + k;
+            for (const long end = std::min((tap + 1) * g.channels, end_k); k < end; k += 32, from += 32, to += STEP) {
+                if (is_inside) {
+                    split(from, to, to + TILE);
+                } else {
+                    std::memset(to, 0, 64);
+                    std::memset(to + TILE, 0, 64);
+                }
+            }
+        }
+        if (row < rows) pixel.next(g);
+    }
+}
+
+// C (rows x 32, rows <= 32; its rows `pitch` numbers apart) = A (32 x 32 steps) B^T, STEP after STEP, on top of C where
+// `adds`, else of bias (32), the same for every row, or of zero where that is null.
+void multiply(
+    const uint16_t* a, const uint16_t* b, long steps, bool adds, const float* bias, float* c, long pitch, long rows
+) {
+    alignas(64) float edge[32 * 32];
+    float* out = c;
+    long bytes = pitch * 4;
+    if (rows < 32) {  // tiles are stored whole: in memory of their own
+        out = edge;
+        bytes = 128;
+        for (long row = 0; adds && row < rows; row++) std::memcpy(edge + row * 32, c + row * pitch, 128);
+    }
+    float* lower = out + 4 * bytes;  // 16 rows on
+    if (adds) {
+        _tile_loadd(0, out, bytes);
+        _tile_loadd(1, out + 16, bytes);
+        _tile_loadd(2, lower, bytes);
+        _tile_loadd(3, lower + 16, bytes);
+    } else if (bias) {
+        _tile_loadd(0, bias, 0);
+        _tile_loadd(1, bias + 16, 0);
+        _tile_loadd(2, bias, 0);
+        _tile_loadd(3, bias + 16, 0);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (long step = 0; step < steps; step++, a += STEP, b += STEP) {
         _tile_loadd(4, a, 64);             // high, upper 16 rows
         _tile_loadd(5, a + 2 * TILE, 64);  // high, lower 16 rows
@@ -86,19 +160,16 @@ void multiply(const uint16_t* a, const uint16_t* b, long steps) {
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
+    _tile_stored(0, out, bytes);
+    _tile_stored(1, out + 16, bytes);
+    _tile_stored(2, lower, bytes);
+    _tile_stored(3, lower + 16, bytes);
+    for (long row = 0; rows < 32 && row < rows; row++) std::memcpy(c + row * pitch, edge + row * 32, 128);
 }
 
 }  // namespace
 
 extern "C" {
-
-// What a product reads: images of `height` x `width` pixels of `channels` numbers, pixel after pixel; and where the
-// filters' taps lie: output pixel (i, j) of out_height x out_width multiplies input pixel (stride i + dy, stride j + dx),
-// zero outside of the image. channels and outputs are multiples of 32.
-struct Geometry {
-    long images, height, width, channels, out_height, out_width, outputs, stride, taps;
-    const long *dy, *dx;
-};
 
 // Ask the kernel for the registers of AMX; 0 where it grants them. Once a process, before the first product.
 int request_tiles() { return static_cast<int>(syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILES)); }
@@ -120,70 +191,18 @@ void multiply_filters(const float* x, const uint16_t* filters, const float* bias
     const Geometry g = *geometry;
     const long pixels = g.images * g.out_height * g.out_width, depth = g.taps * g.channels;
     alignas(64) thread_local uint16_t block[BLOCK_K / 32 * STEP];
-    alignas(64) float edge[32 * 32];
     const Tiles tiles;
-
     for (long first_n = 0; first_n < g.outputs; first_n += BLOCK_N)
         for (long first_k = 0; first_k < depth; first_k += BLOCK_K) {
             const long end_k = std::min(first_k + BLOCK_K, depth), end_n = std::min(first_n + BLOCK_N, g.outputs);
+            Pixel pixel;
             for (long m = 0; m < pixels; m += 32) {
                 const long rows = std::min(32L, pixels - m);
-                // 1. what the filters see of x around these pixels, in two parts
-                for (long row = 0; row < 32; row++) {
-                    const long pixel = m + row, image = pixel / (g.out_width * g.out_height);
-                    const long i = pixel / g.out_width % g.out_height * g.stride, j = pixel % g.out_width * g.stride;
-                    uint16_t* to = block + row / 16 * 2 * TILE + row % 16 * 32;
-                    for (long k = first_k; k < end_k;) {
-                        const long tap = k / g.channels, end = std::min((tap + 1) * g.channels, end_k);
-                        const long in_i = i + g.dy[tap], in_j = j + g.dx[tap];
-                        const bool inside =
-                            row < rows && in_i >= 0 && in_i < g.height && in_j >= 0 && in_j < g.width;
-                        const float* from =
-                            x + ((image * g.height + in_i) * g.width + in_j) * g.channels + k - tap * g.channels;
-                        for (; k < end; k += 32, from += 32, to += STEP) {
-                            if (inside) {
-                                split(from, to, to + TILE);
-                            } else {
-                                std::memset(to, 0, 64);
-                                std::memset(to + TILE, 0, 64);
-                            }
-                        }
-                    }
-                }
-                // 2. times the filters, 32 channels at a time, on top of what earlier blocks of K gave
+                gather(x, g, pixel, rows, first_k, end_k, block);
                 for (long n = first_n; n < end_n; n += 32) {
-                    float* out = y + m * g.outputs + n;
-                    long pitch = g.outputs;
-                    if (rows < 32) {  // whole tiles go through memory of their own
-                        for (long row = 0; first_k && row < rows; row++)
-                            std::memcpy(edge + row * 32, out + row * g.outputs, 128);
-                        out = edge;
-                        pitch = 32;
-                    }
-                    if (first_k) {
-                        _tile_loadd(0, out, pitch * 4);
-                        _tile_loadd(1, out + 16, pitch * 4);
-                        _tile_loadd(2, out + 16 * pitch, pitch * 4);
-                        _tile_loadd(3, out + 16 * pitch + 16, pitch * 4);
-                    } else if (bias) {
-                        _tile_loadd(0, bias + n, 0);  // the same for every row
-                        _tile_loadd(1, bias + n + 16, 0);
-                        _tile_loadd(2, bias + n, 0);
-                        _tile_loadd(3, bias + n + 16, 0);
-                    } else {
-                        _tile_zero(0);
-                        _tile_zero(1);
-                        _tile_zero(2);
-                        _tile_zero(3);
-                    }
-                    multiply(block, filters + (n / 32 * (depth / 32) + first_k / 32) * STEP, (end_k - first_k) / 32);
-                    _tile_stored(0, out, pitch * 4);
-                    _tile_stored(1, out + 16, pitch * 4);
-                    _tile_stored(2, out + 16 * pitch, pitch * 4);
-                    _tile_stored(3, out + 16 * pitch + 16, pitch * 4);
-                    if (rows < 32)
-                        for (long row = 0; row < rows; row++)
-                            std::memcpy(y + (m + row) * g.outputs + n, edge + row * 32, 128);
+                    const uint16_t* panel = filters + (n / 32 * depth + first_k) / 32 * STEP;
+                    const float* start = first_k == 0 && bias ? bias + n : nullptr;
+                    multiply(block, panel, (end_k - first_k) / 32, first_k > 0, start, y + m * g.outputs + n, g.outputs, rows);
                 }
             }
         }
