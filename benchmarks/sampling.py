@@ -38,10 +38,12 @@ from diffusion.engine import Engine, Start
 from diffusion.rules import rescaled_threshold
 from diffusion.samplers import TwoStage
 from diffusion.schedule import NoiseSchedule
+from models.cpu import split_products
 from models.cpu.products import use_products
 from models.diffusion.attention import Attention, CrossAttentionBlock, Projection
 from models.diffusion.blocks import Downsample, Upsample
 from models.diffusion.unet import ConditionalUNet
+from utils.errors import UserError
 
 NUM_STEPS, MIN_T, SCALE = 50, 500, 1.0
 SIZES: dict[str, dict[str, Any]] = {
@@ -66,9 +68,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp32-20-steps": {"precision": "fp32", "products": "winograd", **FAST},
     "fp32-high": {"precision": "fp32", "products": "split"},
     "fp32-high-16-rows": {"precision": "fp32", "products": "split", "compute_batch": 16},
-    "fp32-high-16-rows-20-steps": {"precision": "fp32", "products": "split", "compute_batch": 16, **FAST},
+    "fp32-high-20-steps": {"precision": "fp32", "products": "split", **FAST},
     "fp32-direct": {"precision": "fp32"},
-    "fp32-direct-small": {"precision": "fp32", "compute_batch": 6},
     "fp32-direct-compiled": {"precision": "fp32", "compile": True},
     "bf16": {"precision": "bf16"},
     "bf16-20-steps": {"precision": "bf16", **FAST},
@@ -400,6 +401,12 @@ def main() -> None:
         measure(args.measure, args.folder, args.size, args.images, args.threads)
         return
     variants = ["published", *(name for name in args.variants if name != "published")]
+    if any(VARIANTS[name].get("products") == "split" for name in variants):
+        try:
+            split_products.library()
+        except UserError as error:
+            variants = [name for name in variants if VARIANTS[name].get("products") != "split"]
+            print(f"fp32-high: left out, {error}")
     capability = torch.backends.cpu.get_cpu_capability()
     if capability in ("DEFAULT", "AVX2") and (skipped := [name for name in variants if "bf16" in name]):
         print(f"{', '.join(skipped)}: left out, this CPU ({capability}) only emulates bf16")
