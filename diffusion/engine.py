@@ -145,6 +145,8 @@ class Engine:
             raise ValueError("callback: sees whole steps, which a fixed compute_batch splits up")
         if compute_batch is not None and compute_batch < MAX_ROWS_OF_A_SAMPLE:
             raise ValueError(f"compute_batch: {compute_batch}; give at least {MAX_ROWS_OF_A_SAMPLE}")
+        if lanes is not None and lanes < 1:
+            raise ValueError(f"lanes: {lanes}; give at least 1")
         self.unet, self.rule, self.solver = unet, rule, solver
         self.compute_batch, self.max_samples, self.precision = compute_batch, max_samples, precision
         self.callback, self.observer = callback, observer

@@ -478,5 +478,7 @@ def test_wrong_settings(small):
         make(small, compile=True)
     with pytest.raises(ValueError, match="callback: sees whole steps"):
         make(small, compute_batch=4, callback=lambda *_: None)
+    with pytest.raises(ValueError, match="lanes: 0; give at least 1"):
+        make(small, compute_batch=4, lanes=0)
     with pytest.raises(ValueError, match="compute_batch: 2; give at least 3"):
         make(small, compute_batch=2)

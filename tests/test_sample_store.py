@@ -123,7 +123,7 @@ def test_products_of_bf16_give_the_same_bytes_anywhere(files, tmp_path):  # noqa
         process.join(LIMIT)
     assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "two.txt").read_text()
     assert same(tmp_path / "one/out", tmp_path / "two/out")
-    with pytest.raises(UserError, match=r'sampling\.float32_matmul_precision: "highest", before "high"; .*one/out holds'):
+    with pytest.raises(UserError, match=r'sampling\.float32_matmul_precision: "highest", before "high"; '):
         run(files, tmp_path / "one/out", *FAST, "sampling.n_samples_per_context=3")
 
 
