@@ -48,6 +48,21 @@ def test_unfolding_gives_the_convolution(side, bias, outputs):
     torch.testing.assert_close(UnfoldedConv2d(direct)(x), direct(x), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("side", [1, 3])
+def test_unfolding_can_be_trained(side):
+    """The same parameters, under the same names, with the gradients of the convolution."""
+    direct, x = conv(3, 64, side).double().requires_grad_(), image(3, 5, 7).double().requires_grad_()
+    wanted = torch.autograd.grad(direct(x).square().sum(), [x, *direct.parameters()])
+    network = nn.Sequential(direct)
+    parameters = list(network.parameters())
+    use_products(network, "unfolded")
+    assert isinstance(network[0], UnfoldedConv2d) and list(network.state_dict()) == ["0.weight", "0.bias"]
+    assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))
+    found = torch.autograd.grad(network(x).square().sum(), [x, *parameters])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -105,6 +105,20 @@ def test_mixed_precision(compose, overrides, tmp_path, precision):
     assert np.isfinite(metrics["loss"])
 
 
+def test_bf16_learns_what_fp32_does(compose, overrides, tmp_path):
+    """Convolutions as products, attention and norms in float32 where half precision is slow: all close to fp32."""
+    for precision in ("fp32", "bf16"):
+        words = ["training.steps=3", f"output_dir={tmp_path / precision}", f"training.precision={precision}"]
+        run(compose("train_config", *overrides, *words, "training.checkpoint.steps_between=3"))
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / x / "metrics.jsonl").read_text().splitlines()]
+        for x in ("fp32", "bf16")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3) and losses[0] != losses[1]
+    (_, _, one), (_, _, two) = weights(tmp_path / "fp32"), weights(tmp_path / "bf16")
+    assert {k: v.dtype for k, v in one.items()} == {k: v.dtype for k, v in two.items()}
+
+
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(compose, run_script, overrides, tmp_path):
     common = [*overrides, "training.steps=3", "training.optimizer.lr=1e-3"]

@@ -97,13 +97,12 @@ class UnfoldedConv2d(nn.Conv2d):
     are small beside the filters. Inputs and outputs are channels-last in memory."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        """With the filters of `conv`. Raises ValueError for a convolution of another kind."""
+        """With the parameters of `conv`, which should be channels-last. Raises ValueError for another kind."""
         if not is_plain(conv, 1) and not is_plain(conv, 3):
             raise ValueError(f"{conv}: a plain 1x1 or 3x3 convolution that keeps height and width wanted")
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size)
         super().__init__(*shape, padding=conv.padding, bias=conv.bias is not None, device="meta")
-        self.weight = _frozen(conv.weight.to(memory_format=torch.channels_last))  # (K, C, side, side)
-        self.bias = None if conv.bias is None else _frozen(conv.bias)
+        self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, K, H, W)."""

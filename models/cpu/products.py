@@ -1,6 +1,6 @@
 """Which products take the place of a network's layers.
 
-- "unfolded": convolutions as products where images are small.
+- "unfolded": convolutions as products where images are small, as they were stored.
 - "winograd": and 3x3 ones by tiles where that pays; its sums need float32.
 - "split": convolutions and linear layers in fp32 by products of bf16, on a CPU with AMX.
 """
@@ -18,7 +18,8 @@ Products = Literal["unfolded", "winograd", "split"]
 
 
 def use_products(network: nn.Module, products: Products, keep: Collection[nn.Module] = ()) -> None:
-    """Put them in place of a network's own layers, for good: it cannot be trained or saved after that.
+    """Put them in place of a network's own layers, for good. Only with "unfolded" it can be trained and saved after
+    that, and its parameters are the same.
 
     The layers in `keep`, and what they are made of, stay as they are, and so does a network that is changed already.
     Each layer is freed before the next is changed. Raises UserError where this CPU has no split products.

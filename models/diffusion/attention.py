@@ -92,7 +92,7 @@ def self_attention(attention: Attention, x: Tensor, control: AttentionControl | 
     queries, keys = attention.queries(x), attention.keys(x)  # (B, heads, N, d)
     if control is not None:  # same queries and keys, same weights: their logits never exist as a whole
         queries, keys = queries[control.source], keys[control.source]
-    return attention.merge(F.scaled_dot_product_attention(queries, keys, attention.values(x)))
+    return attention.merge(_attend(queries, keys, attention.values(x)))
 
 
 def cross_attention(
@@ -101,7 +101,7 @@ def cross_attention(
     """Attention of the tokens x (B, N, C) to the context's keys and values (B, heads, T, d)."""
     keys, values = keys_values
     if control is None:
-        return attention.merge(F.scaled_dot_product_attention(attention.queries(x), keys, values))
+        return attention.merge(_attend(attention.queries(x), keys, values))
     logits = attention_map(attention.queries(x), keys)  # (B, heads, N, T)
     if control.blend is not None:
         blended = blend_maps(logits, control.source)
@@ -109,6 +109,15 @@ def cross_attention(
     if control.observe_cross is not None:
         control.observe_cross(logits)
     return attention.merge(logits.softmax(dim=-1).to(values.dtype) @ values)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Each (B, heads, tokens, d) -> (B, heads, N, d)."""
+    if queries.device.type == "cpu" and queries.requires_grad and queries.dtype in (torch.bfloat16, torch.float16):
+        # its backward pass in half precision takes up to ten times as long as in float32
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(queries.float(), keys.float(), values.float()).to(values.dtype)
+    return F.scaled_dot_product_attention(queries, keys, values)
 
 
 def attention_map(queries: Tensor, keys: Tensor) -> Tensor:

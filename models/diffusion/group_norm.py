@@ -17,7 +17,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, ...) -> the same shape and type."""
-        if x.device.type == "cpu" and x.dtype != self.weight.dtype and x[0, 0].numel() < LARGE_MAP:
-            # its kernel for smaller ones in half precision takes three times as long as both conversions
+        is_slow = x.requires_grad or x[0, 0].numel() < LARGE_MAP
+        if x.device.type == "cpu" and x.dtype != self.weight.dtype and is_slow:
+            # its kernels for smaller ones, and those of the backward pass, take three times as long in half precision
+            # as with both conversions
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
         return super().forward(x)
