@@ -405,8 +405,9 @@ def main() -> None:
         try:
             split_products.library()
         except UserError as error:
-            variants = [name for name in variants if VARIANTS[name].get("products") != "split"]
-            print(f"fp32-high: left out, {error}")
+            skipped = [name for name in variants if VARIANTS[name].get("products") == "split"]
+            print(f"{', '.join(skipped)}: left out, {error}")
+            variants = [name for name in variants if name not in skipped]
     capability = torch.backends.cpu.get_cpu_capability()
     if capability in ("DEFAULT", "AVX2") and (skipped := [name for name in variants if "bf16" in name]):
         print(f"{', '.join(skipped)}: left out, this CPU ({capability}) only emulates bf16")

@@ -45,6 +45,8 @@ log = get_logger(__name__)
 DATASET_FILE = "dataset.json"
 PIECE = 4  # images that a process takes at a time
 SETTLING = 60.0  # seconds in which a file that another machine wrote shows up here
+# Of data sets that were begun before there were these settings
+BEFORE_THEY_WERE_SETTINGS = {"sampling.float32_matmul_precision": "highest"}
 _OWN_FILES = ("log.txt", PREVIEW_FILE, CALIBRATION_FILE)
 
 
@@ -135,8 +137,9 @@ class SampleStore:
 
     def _first_change(self, known: Mapping[str, Any], value: Mapping[str, Any]) -> str:
         """What of `value` does not go with the settings in the folder; empty where all does."""
-        for key in sorted({*known["settings"], *value["settings"]}):
-            was, now = known["settings"].get(key), value["settings"].get(key)
+        known_settings = {**BEFORE_THEY_WERE_SETTINGS, **known["settings"]}
+        for key in sorted({*known_settings, *value["settings"]}):
+            was, now = known_settings.get(key), value["settings"].get(key)
             if was != now:
                 told = [told["source"].get("step") for told in (value, known)] if key == "checkpoint" else []
                 if None not in told and len(set(told)) == 2:

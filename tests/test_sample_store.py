@@ -111,6 +111,15 @@ def test_killed_again_and_again_the_bytes_are_the_same(files, tmp_path, layout):
     assert drawn[0] == 48 and drawn == sorted(drawn, reverse=True) and drawn[-1] < 48
 
 
+def test_a_data_set_from_before_a_setting_goes_on(files, tmp_path):  # noqa: F811
+    words = (*FAST, "sampling.n_contexts=1")
+    run(files, tmp_path / "out", *words, "sampling.n_samples_per_context=1")
+    told = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert told["settings"].pop("sampling.float32_matmul_precision") == "highest"
+    (tmp_path / "out/dataset.json").write_text(json.dumps(told))
+    assert run(files, tmp_path / "out", *words, "sampling.n_samples_per_context=2")["drawn"] == 1
+
+
 @needs_amx
 @pytest.mark.slow
 def test_products_of_bf16_give_the_same_bytes_anywhere(files, tmp_path):  # noqa: F811

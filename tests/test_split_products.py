@@ -2,6 +2,9 @@
 where they cannot run."""
 
 import copy
+import ctypes
+import subprocess
+import tempfile
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 from diffusion.drawing_settings import DrawingSettings
 from models.cpu import split_products
 from models.cpu.products import use_products
-from models.cpu.split_products import SplitConv2d, SplitLinear, split_layer
+from models.cpu.split_products import SplitConv2d, SplitConvTranspose2d, SplitLinear, split_layer
 from models.diffusion.attention import Projection
 from models.diffusion.unet import ConditionalUNet
 from tests.compat import fill_deterministic, relative_error
@@ -93,14 +96,33 @@ def test_sixteen_bits_are_multiplied_exactly():
     assert torch.equal(SplitLinear(linear)(x).double(), x.double() @ linear.weight.double().T)
 
 
+TILES = """
+#include <immintrin.h>
+extern "C" void set_up(const void* config) { _tile_loadconfig(config); }
+extern "C" void look(void* config) { _tile_storeconfig(config); }
+extern "C" void release() { _tile_release(); }
+"""
+
+
 @needs_amx
-def test_other_users_of_the_tiles_are_left_alone():
-    """oneDNN sets up AMX for its own products of bf16."""
-    x, linear = drawn(64, 96).bfloat16(), nn.Linear(96, 48).bfloat16().requires_grad_(False)
-    wanted, layer = linear(x), split_layer(filled(nn.Linear(64, 64)))
-    for _ in range(3):
-        layer(drawn(33, 64))
-        assert torch.equal(linear(x), wanted)
+def test_other_users_of_the_tiles_are_left_alone(tmp_path):
+    """The shapes of AMX's registers that another library has set up in this thread are those it finds afterwards."""
+    (tmp_path / "tiles.cpp").write_text(TILES)
+    subprocess.run(
+        ["g++", *split_products.FLAGS, str(tmp_path / "tiles.cpp"), "-o", str(tmp_path / "tiles.so")], check=True
+    )
+    tiles = ctypes.CDLL(str(tmp_path / "tiles.so"))
+    theirs = bytearray(64)
+    theirs[0], theirs[16], theirs[48] = 1, 32, 7  # palette, bytes of a row, rows of register 0
+    layer, found = split_layer(filled(nn.Linear(64, 64))), ctypes.create_string_buffer(64)
+    tiles.set_up(bytes(theirs))
+    layer(drawn(33, 64))
+    tiles.look(found)
+    tiles.release()
+    assert found.raw == bytes(theirs)
+    layer(drawn(33, 64))
+    tiles.look(found)
+    assert found.raw == bytes(64), "what was not set up is released"
 
 
 @needs_amx
@@ -118,6 +140,7 @@ def test_values_that_are_not_finite_stay_so():
         nn.Conv2d(32, 3, 3, padding=1),
         nn.Conv2d(64, 64, 3, padding=1, groups=2),
         nn.Conv2d(32, 32, 3, padding=2, dilation=2),
+        nn.Conv2d(32, 32, 3, padding=1, dilation=2),
         nn.Conv2d(32, 32, 3),
         nn.Conv2d(32, 32, 5, padding=2),
         nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"),
@@ -137,8 +160,25 @@ def test_other_layers_stay_as_they_are(other):
 def test_wrong_inputs_are_told():
     layer = SplitConv2d(nn.Conv2d(32, 64, 3, padding=1))
     for x in (drawn(1, 64, 4, 4), drawn(1, 32, 4, 4).double()):
-        with pytest.raises(ValueError, match="float32 with as many channels as the filters have wanted"):
+        with pytest.raises(ValueError, match="float32 with 32 channels wanted"):
             layer(x)
+    for x in (drawn(1, 32, 4, 4).requires_grad_(), drawn(1, 32, 4, 4).to("meta")):
+        with pytest.raises(ValueError, match="on a CPU without gradients wanted"):
+            layer(x)
+    with pytest.raises(ValueError, match="float32 with 8 channels wanted"):  # which no layer has that split_layer makes
+        SplitConvTranspose2d(nn.ConvTranspose2d(8, 32, 4, 2, 1))(drawn(1, 8, 4, 4))
+    with pytest.raises(ValueError, match="float32 with 32 channels wanted"):
+        layer.double()(drawn(1, 32, 4, 4))
+    for wrong in (nn.Linear(32, 33), nn.Linear(33, 32), nn.Linear(32, 32).double(), nn.Linear(32, 32, device="meta")):
+        with pytest.raises(ValueError, match="float32 on a CPU, of multiples of 32 wanted"):
+            SplitLinear(wrong)
+
+
+@needs_amx
+def test_empty_batches():
+    assert SplitLinear(nn.Linear(32, 64))(torch.zeros(0, 32)).shape == (0, 64)
+    assert split_layer(nn.Conv2d(32, 64, 1))(torch.zeros(0, 32, 3, 3)).shape == (0, 64, 3, 3)
+    assert split_layer(nn.ConvTranspose2d(32, 64, 4, 2, 1))(torch.zeros(0, 32, 3, 3)).shape == (0, 64, 6, 6)
 
 
 @needs_amx
@@ -171,28 +211,26 @@ def test_whole_networks():
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """As in a new process on a machine that never ran it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    """As in a new process; its temporary folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     split_products.library.cache_clear()
     yield tmp_path
     split_products.library.cache_clear()
 
 
 @needs_amx
-def test_it_is_compiled_once(fresh, monkeypatch):
-    split_products.library()
-    (made,) = (fresh / "cache/uiface").iterdir()
-    assert made.name.startswith("split_products-") and made.suffix == ".so"
-    split_products.library.cache_clear()
-    monkeypatch.setattr(split_products.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
-    split_products.library()
+def test_it_is_compiled_once_and_leaves_nothing(fresh):
+    library = split_products.library()
+    assert split_products.library() is library and not list(fresh.iterdir())
 
 
 @needs_amx
 @pytest.mark.parametrize(
     ("compiler", "message"),
     [
-        ("no-such-compiler", r"no C\+\+ compiler no-such-compiler found \(set by CXX"),
+        ("no-such-compiler", r"no C\+\+ compiler: no-such-compiler \(set by CXX.*\): No such file or directory"),
+        ("/tmp", r"no C\+\+ compiler: /tmp \(set by CXX.*\): Permission denied"),
+        ("g++ '", r"no C\+\+ compiler: g\+\+ ' \(set by CXX.*\): No closing quotation"),
         ("false", r"the C\+\+ compiler false \(set by CXX\) failed: exit code 1"),
         ("g++ -mno-such-flag", r"failed: g\+\+: error: .*no-such-flag"),
     ],
@@ -201,13 +239,31 @@ def test_no_compiler(fresh, monkeypatch, compiler, message):
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(UserError, match=message):
         split_products.library()
-    assert not list((fresh / "cache/uiface").iterdir())
+    assert not list(fresh.iterdir())
 
 
 @needs_amx
-def test_no_place_for_what_is_compiled(fresh):
-    (fresh / "cache").write_text("a file")
-    with pytest.raises(UserError, match=r"cache/uiface: Not a directory \(XDG_CACHE_HOME"):
+def test_no_place_for_what_is_compiled(fresh, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(fresh / "none"))
+    with pytest.raises(UserError, match=r"cannot be compiled and loaded: .*No such file.* \(TMPDIR"):
+        split_products.library()
+
+
+@needs_amx
+def test_what_is_compiled_cannot_be_loaded(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "sh -c 'echo damaged > $(echo $* | grep -o [^[:space:]]*.so$)' --")
+    with pytest.raises(UserError, match=r"cannot be compiled and loaded: .*split_products\.so"):
+        split_products.library()
+
+
+@needs_amx
+def test_a_system_without_amx(fresh, monkeypatch):
+    class Denied:
+        def __init__(self, path: str) -> None:
+            self.request_tiles = lambda: -1
+
+    monkeypatch.setattr(ctypes, "CDLL", Denied)
+    with pytest.raises(UserError, match="does not let processes use the CPU's AMX instructions"):
         split_products.library()
 
 

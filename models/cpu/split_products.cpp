@@ -29,6 +29,9 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {};
 };
 
+// GCC does not know what the instructions of AMX read: what was written to `memory` has to be there before them.
+inline void is_read(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+
 // The registers of AMX, set up for whole tiles; what they were set up for before is put back, for other libraries' sake.
 class Tiles {
   public:
@@ -36,7 +39,10 @@ class Tiles {
         TileConfig whole;
         std::fill_n(whole.bytes_per_row, 8, 64);
         std::fill_n(whole.rows, 8, 16);
+        is_read(&whole);
+        is_read(&before_);
         _tile_storeconfig(&before_);
+        is_read(&before_);  // and written
         _tile_loadconfig(&whole);
     }
     ~Tiles() {
@@ -120,6 +126,8 @@ void multiply(
         for (long row = 0; adds && row < rows; row++) std::memcpy(edge + row * 32, c + row * pitch, 128);
     }
     float* lower = out + 4 * bytes;  // 16 rows on
+    is_read(a);
+    is_read(out);
     if (adds) {
         _tile_loadd(0, out, bytes);
         _tile_loadd(1, out + 16, bytes);
@@ -164,6 +172,7 @@ void multiply(
     _tile_stored(1, out + 16, bytes);
     _tile_stored(2, lower, bytes);
     _tile_stored(3, lower + 16, bytes);
+    is_read(out);  // and written
     for (long row = 0; rows < 32 && row < rows; row++) std::memcpy(c + row * pitch, edge + row * 32, 128);
 }
 

@@ -3,14 +3,13 @@
 "float32 matmul precision: high", as torch calls it (`torch.set_float32_matmul_precision`), which has it on GPUs alone:
 every number is the sum of two bf16 (split_products.cpp). AMX multiplies bf16 eight to sixteen times as fast as AVX-512
 multiplies fp32. Results differ from those of fp32 products by 5e-6 of their norm, and like theirs they do not depend on
-other rows. The kernel runs on the calling thread, and is compiled when it is first used.
+other rows. The kernel runs on the calling thread.
 
 Legend: B batch, C K channels before and after, H W height and width, N tokens.
 """
 
 import ctypes
 import functools
-import hashlib
 import os
 import shlex
 import subprocess
@@ -49,39 +48,36 @@ class Geometry(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The kernel, compiled with $CXX (g++) if no process has before. Raises UserError where it cannot run: "what is
-    missing"."""
+    """The kernel, compiled with $CXX (g++) once a process. Raises UserError, which says what is missing, where it
+    cannot run."""
     info = Path("/proc/cpuinfo")
     flags = info.read_text().partition("flags")[2].partition("\n")[0].split() if info.is_file() else []
     if not set(flags) >= set(INSTRUCTIONS):
         raise UserError("this CPU has no AMX instructions for bf16")
-    loaded = ctypes.CDLL(str(_compiled()))
+    try:
+        # less than a second; a file that stays could be damaged, or another's
+        with tempfile.TemporaryDirectory(prefix="uiface_") as folder:
+            loaded = ctypes.CDLL(str(_compile(Path(folder))))
+    except OSError as error:
+        raise UserError(f"its kernel cannot be compiled and loaded: {error} (TMPDIR sets another place)") from error
     if loaded.request_tiles():
         raise UserError("this system does not let processes use the CPU's AMX instructions")
     return loaded
 
 
-def _compiled() -> Path:
-    """The file of the kernel, in $XDG_CACHE_HOME/uiface (~/.cache/uiface)."""
-    command = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uiface"
-    version = hashlib.sha256(SOURCE.read_bytes() + repr(command).encode()).hexdigest()[:16]
-    path = folder / f"{SOURCE.stem}-{version}.so"
-    if path.is_file():
-        return path
+def _compile(folder: Path) -> Path:
+    path = folder / f"{SOURCE.stem}.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # other processes may be at it, too
-            made = Path(temporary) / path.name
-            subprocess.run([*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
-            made.replace(path)
+        command = shlex.split(os.environ.get("CXX") or "g++")
+        command += [*FLAGS, str(SOURCE), "-o", str(path)]
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[0]
         raise UserError(f"the C++ compiler {command[0]} (set by CXX) failed: {said}") from error
-    except FileNotFoundError as error:
-        raise UserError(f"no C++ compiler {command[0]} found (set by CXX; GCC 11 or newer would do)") from error
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror} (XDG_CACHE_HOME sets another place)") from error
+    except (OSError, ValueError) as error:
+        found = os.environ.get("CXX") or "g++"
+        said = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"no C++ compiler: {found} (set by CXX; GCC 11 or newer would do): {said}") from error
     return path
 
 
@@ -89,9 +85,13 @@ class SplitFilters(nn.Module):
     """Filters in two parts, as the kernel reads them: as many bytes as in fp32."""
 
     def __init__(self, filters: Tensor, bias: Tensor | None) -> None:
-        """filters: (K, taps * C) float32, tap by tap; bias (K,)."""
+        """filters: (K, taps * C), tap by tap; bias (K,). Raises ValueError for others than float32 on a CPU, and for
+        numbers of channels that are no multiples of WIDTH."""
         super().__init__()
         self.outputs, depth = filters.shape
+        if filters.dtype != torch.float32 or filters.device.type != "cpu" or not _fits(depth, self.outputs):
+            found = f"{filters.dtype} {tuple(filters.shape)} on {filters.device}"
+            raise ValueError(f"filters: {found}; float32 on a CPU, of multiples of {WIDTH} wanted")
         filters = filters.detach().contiguous()
         self.packed = nn.Parameter(torch.empty(2 * filters.numel(), dtype=torch.bfloat16), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().contiguous(), requires_grad=False)
@@ -107,8 +107,15 @@ class SplitFilters(nn.Module):
         their filter times input (stride i + dy, stride j + dx), zero outside."""
         x = x.contiguous()
         images, height, width, channels = x.shape
-        if x.dtype != torch.float32 or 2 * len(taps) * channels * self.outputs != self.packed.numel():
-            raise ValueError(f"x: {x.dtype} {tuple(x.shape)}; float32 with as many channels as the filters have wanted")
+        depth = self.packed.numel() // (2 * self.outputs)
+        if (
+            channels % WIDTH
+            or len(taps) * channels != depth
+            or (x.dtype, self.packed.dtype) != (torch.float32, torch.bfloat16)
+        ):
+            raise ValueError(f"x: {x.dtype} {tuple(x.shape)}; float32 with {depth // len(taps)} channels wanted")
+        if x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+            raise ValueError(f"x: on {x.device}, requires_grad {x.requires_grad}; on a CPU without gradients wanted")
         y = x.new_empty(images, -(-height // stride), -(-width // stride), self.outputs)
         offsets = [(ctypes.c_long * len(taps))(*axis) for axis in zip(*taps, strict=True)]
         geometry = Geometry(images, height, width, channels, *y.shape[1:], stride, len(taps), *offsets)
@@ -132,7 +139,8 @@ class SplitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., K)."""
-        return self.filters(x.reshape(1, 1, -1, x.shape[-1])).view(*x.shape[:-1], -1)
+        rows = x.numel() // x.shape[-1]
+        return self.filters(x.reshape(1, 1, rows, x.shape[-1])).view(*x.shape[:-1], self.filters.outputs)
 
 
 class SplitConv2d(nn.Module):
@@ -174,7 +182,7 @@ class SplitConvTranspose2d(nn.Module):
         batch, height, width, _ = x.shape
         parts = [filters(x, taps) for filters, taps in zip(self.phases, self.taps, strict=True)]
         y = torch.stack(parts).unflatten(0, (2, 2)).permute(2, 3, 0, 4, 1, 5)  # (B, H, 2, W, 2, K)
-        return y.reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+        return y.reshape(batch, 2 * height, 2 * width, parts[0].shape[-1]).permute(0, 3, 1, 2)
 
 
 def split_layer(layer: nn.Module) -> nn.Module | None:
