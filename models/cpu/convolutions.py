@@ -111,8 +111,9 @@ class UnfoldedConv2d(nn.Conv2d):
             return super().forward(x)
         rows = x.permute(0, 2, 3, 1)  # (B, H, W, C)
         if side == 3:
-            rows = F.pad(rows, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)  # (B, H, W, C, 3, 3)
-            rows = rows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+            padded, (_, height, width, _) = F.pad(rows, (0, 0, 1, 1, 1, 1)), rows.shape
+            taps = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+            rows = torch.cat(taps, dim=-1)  # (B, H, W, 9 * C)
         filters = self.weight.permute(0, 2, 3, 1).flatten(1)  # (K, side * side * C), a view of channels-last filters
         return F.linear(rows.contiguous(), filters, self.bias).permute(0, 3, 1, 2)
 
