@@ -2,8 +2,9 @@
 
 Baseline, written out below: one batch through all steps, both branches for every sample at every step, each in a pass
 of its own; attention logits computed once for the layer's output and once more to be kept; the maps of all layers of
-both passes kept until the step ends; contexts embedded at every step; fp32, NCHW. Against it diffusion.engine, in fp32,
-compiled, in bf16, and with 20 steps of DPM-Solver++(2M); it goes on with the next image where one ends.
+both passes kept until the step ends; contexts embedded at every step; fp32, NCHW. Against it diffusion.engine, in fp32
+(high: by three products of bf16 for one), compiled, in bf16, and with 20 steps of DPM-Solver++(2M); it goes on with the
+next image where one ends.
 
 Weights are random, so that no layout ever settles by itself; each sample gets a threshold of its own, chosen from a
 pass without switches, with which the switches are spread evenly over stage 1. Each variant runs in a process of its

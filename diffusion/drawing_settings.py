@@ -33,27 +33,25 @@ class DrawingSettings:
         winograd = on_cpu and self.precision == "fp32" if self.winograd is None else self.winograd
         return "winograd" if winograd else "unfolded" if on_cpu else None
 
-    def check(self, device: torch.device, section: str) -> None:
-        """Raise UserError, naming the key of `section`, for settings that cannot work on `device`."""
-        check_precision(self.precision, f"{section}.precision")
+    def check(self, device: torch.device) -> None:
+        """Raise UserError, naming the key of the section `sampling`, for settings that cannot work on `device`."""
+        check_precision(self.precision, "sampling.precision")
         if self.compute_batch < MIN_COMPUTE_BATCH:
-            raise UserError(f"{section}.compute_batch: {self.compute_batch}; give at least {MIN_COMPUTE_BATCH}")
+            raise UserError(f"sampling.compute_batch: {self.compute_batch}; give at least {MIN_COMPUTE_BATCH}")
         if self.winograd and self.precision != "fp32":
-            raise UserError(
-                f"{section}.winograd: true, but {section}.precision is {self.precision}; its sums need fp32"
-            )
-        key, value = f"{section}.float32_matmul_precision", self.float32_matmul_precision
+            raise UserError(f"sampling.winograd: true, but sampling.precision is {self.precision}; its sums need fp32")
+        key, value = "sampling.float32_matmul_precision", self.float32_matmul_precision
         if value not in MATMUL_PRECISIONS:
             raise UserError(f"{key}: {value!r} is not one of {', '.join(MATMUL_PRECISIONS)}")
         if value == "highest":
             return
         if self.precision != "fp32":
-            raise UserError(f"{key}: {value} is for fp32, but {section}.precision is {self.precision}")
+            raise UserError(f"{key}: {value} is for fp32, but sampling.precision is {self.precision}")
         if self.winograd:
-            raise UserError(f"{key}: {value}, but {section}.winograd is true; choose one of them")
+            raise UserError(f"{key}: {value}, but sampling.winograd is true; choose one of them")
         if device.type == "cpu":
             if self.compile:
-                raise UserError(f"{key}: {value} cannot be compiled on a CPU; give {section}.compile=false, or highest")
+                raise UserError(f"{key}: {value} cannot be compiled on a CPU; give sampling.compile=false, or highest")
             try:
                 split_products.library()
             except UserError as error:

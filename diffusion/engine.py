@@ -194,7 +194,7 @@ class Engine:
         finally:
             wait(computing)  # of a run that is given up
 
-    def _occupy_lanes(self, computing: "dict[Future[None], _Pass]", under_way: list[Trajectory], feed: "_Feed") -> None:
+    def _occupy_lanes(self, computing: dict[Future[None], _Pass], under_way: list[Trajectory], feed: _Feed) -> None:
         """Begin a pass in every lane that has none, as far as there are samples."""
         while len(computing) < self.lanes.count:
             busy = {id(sample) for work in computing.values() for sample in work.samples}
@@ -212,7 +212,7 @@ class Engine:
                 wait([future])
                 self.counts.compile_seconds, self._is_cold = time.perf_counter() - began, False
 
-    def _choose(self, under_way: list[Trajectory], busy: set[int], feed: "_Feed") -> _Pass:
+    def _choose(self, under_way: list[Trajectory], busy: set[int], feed: _Feed) -> _Pass:
         """Fill a pass: samples under way that are in no other, then new ones, which join `under_way`.
 
         The oldest come first, so that images come steadily, and stages mix; once no new ones can come, the least

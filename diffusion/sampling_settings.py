@@ -84,7 +84,7 @@ def check_settings(generator: FaceGenerator, sampler: Sampler, cfg: SamplingSett
     ):
         if value is not None and value < 1:
             raise UserError(f"sampling.{key}: {value}; give at least 1")
-    drawing_settings(cfg).check(next(generator.unet.parameters()).device, "sampling")
+    drawing_settings(cfg).check(next(generator.unet.parameters()).device)
     check_perturbation(cfg.perturbation, generator.unet)
     check_layout(cfg.save_mode, cfg.image_format, cfg.image_quality, cfg.images_per_shard)
     check_sampler(generator, sampler)

@@ -274,7 +274,7 @@ def test_another_cpu(fresh, monkeypatch):
     with pytest.raises(
         UserError, match=r"^sampling\.float32_matmul_precision: high, but this CPU has no AMX.*highest$"
     ):
-        DrawingSettings(float32_matmul_precision="high").check(torch.device("cpu"), "sampling")
+        DrawingSettings(float32_matmul_precision="high").check(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -288,4 +288,4 @@ def test_another_cpu(fresh, monkeypatch):
 )
 def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(UserError, match=f"^sampling.float32_matmul_precision: {message}"):
-        DrawingSettings(**settings).check(torch.device("cpu"), "sampling")
+        DrawingSettings(**settings).check(torch.device("cpu"))

@@ -29,8 +29,9 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {};
 };
 
-// GCC does not know what the instructions of AMX read: what was written to `memory` has to be there before them.
-inline void is_read(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+// GCC does not know what memory the instructions of AMX read and write: what was written to it before is there from here
+// on, and what is read after is read anew.
+inline void settle(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
 
 // The registers of AMX, set up for whole tiles; what they were set up for before is put back, for other libraries' sake.
 class Tiles {
@@ -39,10 +40,10 @@ class Tiles {
         TileConfig whole;
         std::fill_n(whole.bytes_per_row, 8, 64);
         std::fill_n(whole.rows, 8, 16);
-        is_read(&whole);
-        is_read(&before_);
+        settle(&whole);
+        settle(&before_);
         _tile_storeconfig(&before_);
-        is_read(&before_);  // and written
+        settle(&before_);
         _tile_loadconfig(&whole);
     }
     ~Tiles() {
@@ -112,6 +113,14 @@ void gather(const float* x, const Geometry& g, Pixel& pixel, long rows, long fir
     }
 }
 
+// C in tiles 0 .. 3 (2 x 2) += A in 4 and 5 (2 x 1) times B in 6 and 7 (1 x 2)
+inline void add_products() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
 // C (rows x 32, rows <= 32; its rows `pitch` numbers apart) = A (32 x 32 steps) B^T, STEP after STEP, on top of C where
 // `adds`, else of bias (32), the same for every row, or of zero where that is null.
 void multiply(
@@ -126,8 +135,8 @@ void multiply(
         for (long row = 0; adds && row < rows; row++) std::memcpy(edge + row * 32, c + row * pitch, 128);
     }
     float* lower = out + 4 * bytes;  // 16 rows on
-    is_read(a);
-    is_read(out);
+    settle(a);
+    settle(out);
     if (adds) {
         _tile_loadd(0, out, bytes);
         _tile_loadd(1, out + 16, bytes);
@@ -149,30 +158,21 @@ void multiply(
         _tile_loadd(5, a + 2 * TILE, 64);  // high, lower 16 rows
         _tile_loadd(6, b, 64);             // high, left 16 columns
         _tile_loadd(7, b + 2 * TILE, 64);  // high, right 16 columns
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        add_products();
         _tile_loadd(6, b + TILE, 64);  // low
         _tile_loadd(7, b + 3 * TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        add_products();
         _tile_loadd(4, a + TILE, 64);  // low
         _tile_loadd(5, a + 3 * TILE, 64);
         _tile_loadd(6, b, 64);
         _tile_loadd(7, b + 2 * TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        add_products();
     }
     _tile_stored(0, out, bytes);
     _tile_stored(1, out + 16, bytes);
     _tile_stored(2, lower, bytes);
     _tile_stored(3, lower + 16, bytes);
-    is_read(out);  // and written
+    settle(out);
     for (long row = 0; rows < 32 && row < rows; row++) std::memcpy(c + row * pitch, edge + row * 32, 128);
 }
 
@@ -211,7 +211,8 @@ void multiply_filters(const float* x, const uint16_t* filters, const float* bias
                 for (long n = first_n; n < end_n; n += 32) {
                     const uint16_t* panel = filters + (n / 32 * depth + first_k) / 32 * STEP;
                     const float* start = first_k == 0 && bias ? bias + n : nullptr;
-                    multiply(block, panel, (end_k - first_k) / 32, first_k > 0, start, y + m * g.outputs + n, g.outputs, rows);
+                    float* out = y + m * g.outputs + n;
+                    multiply(block, panel, (end_k - first_k) / 32, first_k > 0, start, out, g.outputs, rows);
                 }
             }
         }

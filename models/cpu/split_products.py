@@ -1,9 +1,9 @@
 """Convolutions and linear layers in fp32 by products of bf16, three for one, on a CPU with AMX.
 
-"float32 matmul precision: high", as torch calls it (`torch.set_float32_matmul_precision`), which has it on GPUs alone:
-every number is the sum of two bf16 (split_products.cpp). AMX multiplies bf16 eight to sixteen times as fast as AVX-512
-multiplies fp32. Results differ from those of fp32 products by 5e-6 of their norm, and like theirs they do not depend on
-other rows. The kernel runs on the calling thread.
+"float32 matmul precision: high", as torch calls it (`torch.set_float32_matmul_precision`), for CPUs: every number is
+the sum of two bf16 (split_products.cpp). AMX multiplies bf16 up to sixteen times as fast as AVX-512 multiplies fp32.
+Results differ from those of fp32 products by 5e-6 of their norm, and like theirs they do not depend on other rows. The
+kernel runs on the calling thread.
 
 Legend: B batch, C K channels before and after, H W height and width, N tokens.
 """
@@ -147,7 +147,7 @@ class SplitConv2d(nn.Module):
     """What a 1x1 or 3x3 convolution with stride 1 or 2 computes. Inputs and outputs are channels-last in memory."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        """With the filters of `conv`."""
+        """With the filters of `conv`, one that `split_layer` takes."""
         super().__init__()
         (self.stride, _), (side, _) = conv.stride, conv.kernel_size
         self.taps = [(y - side // 2, x - side // 2) for y in range(side) for x in range(side)]
@@ -165,7 +165,7 @@ class SplitConvTranspose2d(nn.Module):
     ROWS = ([(3, -1), (1, 0)], [(2, 0), (0, 1)])  # of even and odd outputs: (row of the filter, dy)
 
     def __init__(self, conv: nn.ConvTranspose2d) -> None:
-        """With the filters of `conv`."""
+        """With the filters of `conv`, one that `split_layer` takes."""
         super().__init__()
         weight = conv.weight.permute(1, 2, 3, 0)  # (K, 4, 4, C)
         self.phases, self.taps = nn.ModuleList(), []
